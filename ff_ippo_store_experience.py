@@ -597,7 +597,7 @@ def rollout(
     state: RolloutState,
     rollout_length: int,
 ) -> tuple[RolloutState, Transition]:
-    """Act with the policy for T = `rollout_length` timesteps.
+    """Act with the policy for T = `rollout_length` timesteps, as Anakin does (Hessel et al., 2021).
 
     Returns:
         Where it left off, and the transitions, (T, B, ...).
@@ -826,6 +826,8 @@ def update(
 ) -> tuple[LearnerState, tuple[Transition, dict[str, chex.Array]]]:
     """One PPO update, on one device: a rollout, its advantages, and the epochs of minibatches.
 
+    Independent PPO as in Mava: the agents share the networks, each on its own observation.
+
     Returns:
         The new state; the transitions, (T, UB * NE, ...), and the mean losses, each () float32.
     """
@@ -1004,6 +1006,8 @@ def evaluate(
     greedy: bool,
 ) -> EpisodeMetrics:
     """Play `num_episodes` whole episodes side by side, until the last has ended.
+
+    How often, and the absolute metric, follow Gorsane et al. (2022).
 
     Args:
         env: from `make_env`.
@@ -1831,7 +1835,10 @@ def load_episodes(
 def joint_saco(
     name: str, uid: str, rel_dir: str = "vaults", percentiles: Optional[tuple] = None
 ) -> float:
-    """OG-MARL's Joint SACo: distinct joint observation-action pairs per transition."""
+    """OG-MARL's Joint SACo: distinct pairs of joint observation and joint action per transition.
+
+    The arguments are those of `iterate_episodes`; nothing is kept of a pair but a hash.
+    """
     seen, num_transitions = set(), 0  # hashes of the pairs
     leaves = ("observation", "action")
     for episodes in iterate_episodes(name, uid, rel_dir, percentiles, leaves):
