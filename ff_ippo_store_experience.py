@@ -1468,7 +1468,7 @@ def describe_run(config: Config, experience: dict[str, Any]) -> str:
     bytes_per_step = sum(math.prod(x.shape[5:]) * x.dtype.itemsize for x in experience.values())
     groups["records"] = (
         f"{steps:,} environment steps, {num_rows:,} rows of {num_timesteps:,} timesteps, about "
-        f"{steps * bytes_per_step / COMPRESSION_RATIO / 1e6:,.0f} MB, in {vault_path(config.vault)}"
+        f"{steps * bytes_per_step / COMPRESSION_RATIO / 1e6:,.1f} MB, in {vault_path(config.vault)}"
         if config.vault.save
         else "nothing, as vault.save is off"
     )

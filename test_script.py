@@ -964,9 +964,9 @@ def results_run(tmp_path_factory):
         monkeypatch.setattr(ippo, "AFTER_EVALUATION", [*ippo.AFTER_EVALUATION, read_metrics])
         monkeypatch.setattr(ippo, "play_episode", keep_states)
         result = ippo.run_experiment(config)
-        yield result, ippo.results_path(result.config), seen, states
     assert matplotlib.get_backend(auto_select=False) == backend
     assert pyplot.get_fignums() == []
+    return result, ippo.results_path(result.config), seen, states
 
 
 def test_results_lie_beside_the_vault(results_run):
@@ -1461,7 +1461,8 @@ def benchmark(config):
         "env": f"{env_speed:,.0f} steps/s",
         "env, no reset": f"{num_env_steps / times['env, no reset']:,.0f} steps/s",
         "matmul": f"{matmul_speed / 1e9:,.0f} GFLOP/s; the update "
-        f"{flops / update_time / 1e9:,.0f}, {100 * flops / update_time / matmul_speed:.0f} % of that",
+        f"{flops / update_time / 1e9:,.0f}, "
+        f"{100 * flops / update_time / matmul_speed:.0f} % of that",
         "train / env": f"{train / env_speed:.2f}",
         "record / train": f"{record / train:.3f}",
         "compile": f"{first_update:.1f} s from start to the first update, "
@@ -1484,7 +1485,8 @@ def benchmark(config):
         rows[f"train, num_envs {num_envs}"] = f"{speed:,.0f} steps/s"
     folder.cleanup()
     print(
-        f"{os.cpu_count()} cores, {mesh.size} x {jax.devices()[0].device_kind}, JAX {jax.__version__}\n"
+        f"{os.cpu_count()} cores, {mesh.size} x {jax.devices()[0].device_kind}, "
+        f"JAX {jax.__version__}\n"
     )
     print("| figure | |\n| --- | --- |")
     for name, text in rows.items():
