@@ -1116,7 +1116,7 @@ def read_buffer(
     Returns:
         Leaves (D * NU * UB * NE, length, ...).
     """
-    # A slice takes 3 ms where indexing with an array of timesteps takes 36.
+    # A slice of a default rollout takes 1 ms, indexing with an array of timesteps 36.
     return jax.tree.map(
         lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis=1), buffer_state.experience
     )
