@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from jumanji.environments import RobotWarehouse
 from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator
+from jumanji.wrappers import Wrapper
 from matplotlib import pyplot
 from nbclient import NotebookClient
 from PIL import Image
@@ -424,10 +425,19 @@ def test_learner_is_compiled_once(caplog):
 # ------------------------------------------------------------------------------------------------
 
 
+class PaidByTheStep(Wrapper):
+    """A delivery at every step, also of an episode that has ended: none may be counted then."""
+
+    def step(self, state, action):
+        state, timestep = self._env.step(state, action)
+        return state, timestep.replace(reward=jnp.ones_like(timestep.reward))
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_evaluation_against_playing_the_episodes_by_hand(greedy):
     time_limit, num_episodes, key = 60, 12, jax.random.PRNGKey(5)
     env = ippo.make_env(ippo.EnvConfig("tiny-4ag", time_limit), add_agent_id=True)
+    env = PaidByTheStep(env)
     actor = ippo.make_agent(ippo.Config(), num_actions=5).actor
     observation = jax.tree.map(lambda x: jnp.zeros(x.shape), ippo.observation_shape(env))
     params = actor.init(jax.random.PRNGKey(6), observation)
@@ -451,7 +461,7 @@ def test_evaluation_against_playing_the_episodes_by_hand(greedy):
         logits = actor.apply(params, ippo.Observation(view.astype(np.float32), mask, None))
         policy = distrax.Categorical(logits)
         state, timestep = step(state, policy.mode() if greedy else policy.sample(seed=policy_key))
-        rewards += timestep.reward
+        rewards += 1
         for i in np.flatnonzero(timestep.last()):
             if returns[i] is None:
                 returns[i], lengths[i] = rewards[i], t + 1
