@@ -1027,13 +1027,12 @@ def evaluate(
         policy = distrax.Categorical(actor.apply(actor_params, observation))
         action = policy.mode() if greedy else policy.sample(seed=policy_key)
         state, timestep = jax.vmap(env.step)(state, action)
-        metrics = (
-            EpisodeMetrics(  # an environment whose episode has ended is stepped on, but not counted
-                metrics.episode_return
-                + jnp.where(metrics.ended, 0.0, timestep.reward.mean(axis=-1)),
-                metrics.episode_length + jnp.where(metrics.ended, 0, 1),
-                metrics.ended | timestep.last(),
-            )
+        # An environment whose episode has ended is stepped on, but not counted.
+        reward = jnp.where(metrics.ended, 0.0, timestep.reward.mean(axis=-1))
+        metrics = EpisodeMetrics(
+            metrics.episode_return + reward,
+            metrics.episode_length + jnp.where(metrics.ended, 0, 1),
+            metrics.ended | timestep.last(),
         )
         return key, state, timestep.observation, metrics
 
