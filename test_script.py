@@ -1531,17 +1531,28 @@ def benchmark(config):
         "vault": f"{config.vault.save_interval * steps_per_call / times['vault']:,.0f} steps/s "
         f"written, {bytes_per_step:.1f} bytes per step on disk",
     }
+    growing = {}
     for num_envs in (16, 64, 256, 1024):
         arch = dataclasses.replace(config.arch, num_envs=num_envs)
         system = dataclasses.replace(config.system, num_updates=config.arch.num_evaluation)
         larger = dataclasses.replace(config, arch=arch, system=system)
         _, _, state, learn, _ = learner_parts(larger)
         for _ in range(2):
-            output = jax.block_until_ready(learn(state))
-            state = output.state
-        duration = np.median([seconds(learn, state) for _ in range(REPEATS)])
-        speed = math.prod(output.experience["done"].shape[:5]) / duration
-        rows[f"train, num_envs {num_envs}"] = f"{speed:,.0f} steps/s"
+            state = jax.block_until_ready(learn(state)).state
+        growing[num_envs] = learn, state
+
+    def train_with(num_envs):  # as many steps whatever the number of environments
+        learn, state = growing[num_envs]
+        for _ in range(1024 // num_envs):
+            state = jax.block_until_ready(learn(state)).state
+
+    times = {num_envs: [] for num_envs in growing}
+    for _ in range(REPEATS):
+        for num_envs in growing:
+            times[num_envs].append(seconds(train_with, num_envs))
+    steps = mesh.size * config.system.rollout_length * config.system.update_batch_size * 1024
+    for num_envs in growing:
+        rows[f"train, num_envs {num_envs}"] = f"{steps / np.median(times[num_envs]):,.0f} steps/s"
     folder.cleanup()
     print(
         f"{os.cpu_count()} cores, {mesh.size} x {jax.devices()[0].device_kind}, "
