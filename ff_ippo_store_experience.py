@@ -1293,7 +1293,7 @@ class Recorder:
         """Begin to write what was added since the last write."""
         if self.num_written < self.num_added:
             rollouts = range(self.num_written, self.num_added)
-            self.tasks.append(self.thread.submit(self._write, rollouts))
+            self.tasks.append(self.thread.submit(self._write, rollouts, self.tasks[:]))
             self.num_written = self.num_added
 
     def wait(self) -> None:
@@ -1312,7 +1312,9 @@ class Recorder:
     def _add(self, experience: dict[str, chex.Array]) -> None:
         self.buffer_state = self.add_to_buffer(self.buffer_state, experience)
 
-    def _write(self, rollouts: range) -> None:
+    def _write(self, rollouts: range, tasks: list[Future]) -> None:
+        for task in tasks:
+            task.result()  # where adding failed, the buffer lacks what is to be written
         length = self.rollout_length
         for index, rollout in enumerate(rollouts):
             experience = read_buffer(self.buffer_state, rollout % self.capacity * length, length)
@@ -1524,7 +1526,7 @@ class ExperimentResult(NamedTuple):
 PACKAGES = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
 
 # Bytes in memory for each byte on disk, as measured on the default run; for an estimate.
-COMPRESSION_RATIO = 40
+COMPRESSION_RATIO = 50
 
 
 def is_interactive() -> bool:

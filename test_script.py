@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -689,13 +690,27 @@ def test_a_chunk_on_disk_is_a_rollout_of_as_many_rows_as_its_size_allows(tmp_pat
         assert store.spec().to_json()["metadata"]["compressor"]["id"] == "zlib"
 
 
-def test_an_error_while_writing_ends_the_run_with_its_message(tmp_path, monkeypatch):
-    def write_vault(vault, experience):
-        raise OSError("No space left on device")
+@pytest.mark.parametrize("failing", ["_add", "_write"])
+def test_an_error_while_recording_ends_the_run_at_the_next_rollout_with_its_message(
+    tmp_path, monkeypatch, failing
+):
+    method, num_calls, evaluations = getattr(ippo.Recorder, failing), itertools.count(), []
 
-    monkeypatch.setattr(ippo, "write_vault", write_vault)
+    def fail_second_time(*args):
+        if next(num_calls) == 1:
+            raise OSError("No space left on device")
+        return method(*args)
+
+    monkeypatch.setattr(ippo.Recorder, failing, fail_second_time)
+    monkeypatch.setattr(ippo, "AFTER_EVALUATION", [lambda *args: evaluations.append(args)])
+    config = small_config(
+        arch=dict(num_evaluation=4), vault=dict(save_interval=1, rel_dir=str(tmp_path))
+    )
     with pytest.raises(ippo.VaultError, match="No space left on device"):
-        ippo.run_experiment(small_config(vault=dict(rel_dir=str(tmp_path))))
+        ippo.run_experiment(config)
+    assert len(evaluations) == 2
+    vault = Vault(config.vault.name, vault_uid="small", rel_dir=str(tmp_path))
+    assert vault.vault_index == 16  # of the first rollout; what was not added is not written
 
 
 def test_an_interrupted_run_keeps_what_was_recorded(tmp_path, monkeypatch):
