@@ -64,6 +64,7 @@ import tensorstore
 from flashbax.buffers.trajectory_buffer import TrajectoryBuffer, TrajectoryBufferState
 from flashbax.vault import Vault
 from flashbax.vault.vault import TIME_AXIS_MAX_LENGTH
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -840,10 +841,11 @@ def update_minibatch(
         lambda x: x.reshape(x.shape[0], num_parts, -1, *x.shape[2:]).swapaxes(0, 1),
         (index, advantage),
     )
-    gradients = jax.lax.map(calculate_gradients, parts)
-    actor_grads, critic_grads, losses = jax.lax.pmean(
-        jax.tree.map(lambda x: x.mean(axis=0), gradients), axis_name="device"
-    )
+    gradients = jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(calculate_gradients, parts))
+    # One message for all arrays: two CPU devices learn 8 % faster than with one for each.  (Without
+    # the barrier XLA fuses the copy into what precedes it: 2 % slower on one device.)
+    flat, unravel = ravel_pytree(jax.lax.optimization_barrier(gradients))
+    actor_grads, critic_grads, losses = unravel(jax.lax.pmean(flat, axis_name="device"))
     actor_updates, actor_opt_state = agent.actor_optim.update(actor_grads, opt_states.actor)
     critic_updates, critic_opt_state = agent.critic_optim.update(critic_grads, opt_states.critic)
     params = Params(

@@ -1389,7 +1389,7 @@ def test_readme_names_every_field_of_the_configuration():
 # BENCHMARK: python test_script.py
 # ------------------------------------------------------------------------------------------------
 
-REPEATS = 5
+REPEATS = 20
 
 
 def seconds(function, *arguments):
@@ -1478,8 +1478,6 @@ def benchmark(config):
     env_steps, env_steps_no_reset = (original_env_steps(config, x) for x in (True, False))
     x = jnp.ones((4096, 4096))
     matmul = jax.jit(jnp.matmul)
-    for warm_up in (env_steps, env_steps_no_reset, lambda: matmul(x, x)):
-        seconds(warm_up)
     folder = tempfile.TemporaryDirectory()
     vault = dataclasses.replace(config.vault, rel_dir=folder.name)
     recorder = ippo.Recorder(vault, output.experience, {}, mesh)
@@ -1487,30 +1485,31 @@ def benchmark(config):
     written = jax.tree.map(
         lambda x: np.concatenate([x] * config.vault.save_interval, axis=1), rollout
     )
-    # Of the writes, the last alone is not beside a call: in the default run that is one of 41.
-    num_calls = 8 * config.vault.save_interval
 
-    def loop(record):
+    def block(record):  # what lies between two writes, which is beside the calls after the first
         nonlocal state
-        for index in range(num_calls):
+        for index in range(config.vault.save_interval):
             output = jax.block_until_ready(learn(state))
             state = output.state
             if record:
                 recorder.add(output.experience)
-                if index % config.vault.save_interval == 0:
+                if index == 0:
                     recorder.write()
-        if record:  # and the end of the writing
-            recorder.write()
+        if record:
             recorder.wait()
 
+    measured = {
+        "env": (env_steps,),
+        "env, no reset": (env_steps_no_reset,),
+        "matmul": (matmul, x, x),
+        "train": (block, False),
+        "record": (block, True),
+        "vault": (ippo.write_vault, recorder.vault, written),
+    }
     times = collections.defaultdict(list)
-    for _ in range(REPEATS + 1):  # all figures in turn, so that a slow minute meets them all
-        times["env"].append(seconds(env_steps))
-        times["env, no reset"].append(seconds(env_steps_no_reset))
-        times["matmul"].append(seconds(matmul, x, x))
-        times["train"].append(seconds(loop, False))
-        times["record"].append(seconds(loop, True))
-        times["vault"].append(seconds(ippo.write_vault, recorder.vault, written))
+    for _ in range(REPEATS + 1):  # all figures in turn, so that a slow moment meets them all
+        for name, call in measured.items():
+            times[name].append(seconds(*call))
     size = sum(file.stat().st_size for file in recorder.path.rglob("*") if file.is_file())
     bytes_per_step = size / (recorder.vault.vault_index * recorder.num_rows)
     times = {name: np.median(values[1:]) for name, values in times.items()}  # the first compiles
@@ -1518,15 +1517,15 @@ def benchmark(config):
     num_env_steps = (
         config.system.rollout_length * config.system.update_batch_size * config.arch.num_envs
     )
-    loop_steps = num_calls * steps_per_call
-    train, record = loop_steps / times["train"], loop_steps / times["record"]
+    block_steps = config.vault.save_interval * steps_per_call
+    train, record = block_steps / times["train"], block_steps / times["record"]
     env_speed = num_env_steps / times["env"]
     matmul_speed = 2 * 4096**3 / times["matmul"]
     observation = ippo.observation_shape(env)
     flops = mesh.size * count_update_flops(
         config, *observation.action_mask.shape, observation.agents_view.shape[1]
     )
-    update_time = times["train"] / (num_calls * num_updates)
+    update_time = times["train"] / (config.vault.save_interval * num_updates)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     device_memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     rows = {
@@ -1543,7 +1542,7 @@ def benchmark(config):
         f"learner compiled {num_compiled} time(s)",
         "memory": f"{memory / 1e9:.2f} GB resident"
         + (f", {device_memory / 1e9:.2f} GB on the device" if device_memory else ""),
-        "vault": f"{config.vault.save_interval * steps_per_call / times['vault']:,.0f} steps/s "
+        "vault": f"{block_steps / times['vault']:,.0f} steps/s "
         f"written, {bytes_per_step:.1f} bytes per step on disk",
     }
     growing = {}
@@ -1562,7 +1561,7 @@ def benchmark(config):
             state = jax.block_until_ready(learn(state)).state
 
     times = {num_envs: [] for num_envs in growing}
-    for _ in range(REPEATS):
+    for _ in range(REPEATS // 5):  # they take longer
         for num_envs in growing:
             times[num_envs].append(seconds(train_with, num_envs))
     steps = mesh.size * config.system.rollout_length * config.system.update_batch_size * 1024
