@@ -843,7 +843,7 @@ def update_minibatch(
     )
     gradients = jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(calculate_gradients, parts))
     # One message for all arrays: two CPU devices learn 8 % faster than with one for each.  (Without
-    # the barrier XLA fuses the copy into what precedes it: 2 % slower on one device.)
+    # the barrier, one device is 2 % slower.)
     flat, unravel = ravel_pytree(jax.lax.optimization_barrier(gradients))
     actor_grads, critic_grads, losses = unravel(jax.lax.pmean(flat, axis_name="device"))
     actor_updates, actor_opt_state = agent.actor_optim.update(actor_grads, opt_states.actor)
