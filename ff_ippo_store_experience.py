@@ -446,6 +446,9 @@ class AgentWrapper(Wrapper):
 
     def __init__(self, env: Environment, add_agent_id: bool):
         self._env, self.add_agent_id = env, add_agent_id
+        # For where there is no mask; read here, as within a traced function it would be traced too.
+        num_values = getattr(getattr(env, "action_spec", None), "num_values", 0)
+        self.num_actions = int(np.asarray(num_values).max())
 
     def reset(self, key: PRNGKey) -> tuple[State, TimeStep]:
         """See `Environment.reset`; the timestep is that of `step`."""
@@ -462,8 +465,7 @@ class AgentWrapper(Wrapper):
             agents_view = jnp.concatenate([jnp.eye(num_agents), agents_view], axis=1)
         action_mask = getattr(timestep.observation, "action_mask", None)
         if action_mask is None:  # all actions are legal
-            num_actions = int(np.asarray(self._env.action_spec.num_values).max())
-            action_mask = jnp.ones((num_agents, num_actions))
+            action_mask = jnp.ones((num_agents, self.num_actions))
         return state, timestep.replace(
             observation=Observation(agents_view, action_mask.astype(bool)),
             # What the team has in common is that of each agent.

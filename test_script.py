@@ -188,7 +188,7 @@ class Walk(Environment):
     """An environment of one's own: agents on a line, each paid for being near the middle.
 
     Actions 0, 1 and 2 lead left, nowhere and right.  An episode terminates when the first agent
-    reaches 3, and is cut off at the time limit.
+    reaches 3, and is cut off when the last one reaches -3 or at the time limit.
     """
 
     time_limit = 10
@@ -212,7 +212,8 @@ class Walk(Environment):
     def step(self, state, action):
         position = state.position + action - 1
         state = WalkState(position, state.step_count + 1, state.key)
-        terminated, truncated = position[0] >= 3, state.step_count >= self.time_limit
+        terminated = position[0] >= 3
+        truncated = (position[-1] <= -3) | (state.step_count >= self.time_limit)
         reward = 0.5 - jnp.abs(position).astype(jnp.float32)
         discount = jnp.where(terminated, 0.0, jnp.ones(self.num_agents))
         if self.is_team:
