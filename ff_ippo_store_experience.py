@@ -1946,6 +1946,8 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
             f"{steps_per_evaluation // system.rollout_length:,} rows, "
             f"recorded in {recorder.path if recorder else 'no vault'}"
         )
+        if system.total_timesteps not in (None, arch.num_evaluation * steps_per_evaluation):
+            print(f"system.total_timesteps {system.total_timesteps:,} is rounded up to evaluations")
 
         def save():
             """Write the vault, then a checkpoint: it never knows of more than the vault holds."""
