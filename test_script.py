@@ -2135,6 +2135,7 @@ def soak(num_kills):
             f"{kills:,} kills, {recordings:,} recordings finished, {compared:,} timesteps "
             f"compared, {lost} lost, {duplicated} duplicated, {different} different, "
             f"{seconds:.1f} s a kill",
+            file=sys.__stdout__,  # which no redirection of the other thread hides
             flush=True,
         )
 
