@@ -41,15 +41,18 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import glob
 import importlib.metadata
 import io
 import json
 import logging
 import math
 import os
+import pickle
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -76,21 +79,12 @@ from chex import Array, ArrayTree, PRNGKey
 from flashbax.buffers.trajectory_buffer import TrajectoryBuffer, TrajectoryBufferState
 from flashbax.vault.vault import TIME_AXIS_MAX_LENGTH, Vault
 from flax.training.train_state import TrainState
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
-
-# Imported in a notebook, Jumanji chooses a backend of matplotlib that may not be installed.
-with mock.patch.object(builtins, "__IPYTHON__", False, create=True):
-    from jumanji.env import Environment, State
-    from jumanji.environments import LevelBasedForaging, RobotWarehouse
-    from jumanji.environments.routing.lbf import generator as lbf
-    from jumanji.environments.routing.robot_warehouse import constants
-    from jumanji.environments.routing.robot_warehouse import generator as rware
-    from jumanji.types import TimeStep
-    from jumanji.wrappers import Wrapper
 
 # ------------------------------------------------------------------------------------------------
 # CONFIGURATION
@@ -174,6 +168,14 @@ class ArchConfig:
     """Evaluate the best parameters once more at the end."""
     evaluation_greedy: bool = False
     """Evaluate the most probable action instead of a sampled one."""
+    distributed: bool = False
+    """Run as one of several processes, which find each other by jax.distributed.initialize."""
+    coordinator_address: str | None = None
+    """Address of process 0, such as 10.0.0.1:1234, where the cluster does not say."""
+    num_processes: Annotated[int | None, *COUNT] = None
+    """Processes in all, where the cluster does not say."""
+    process_id: Annotated[int | None, *NOT_NEGATIVE] = None
+    """Which of them this one is, from 0, where the cluster does not say."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class VaultConfig:
     save_interval: Annotated[int, *COUNT] = 5
     """Evaluations between writes to disk."""
     max_length: Annotated[int | None, *COUNT] = None
-    """Transitions that the buffer holds; by default save_interval + 1 rollouts of each row."""
+    """Transitions that the buffer holds, in whole evaluations; by default save_interval of them."""
     compression: dict[str, int | str] | None = None
     """Compression as Flashbax takes it, such as id gzip level 5; by default zstd at level 1."""
     extra_leaves: tuple[str, ...] = ()
@@ -280,7 +282,7 @@ def run_path(rel_dir: str, config: VaultConfig) -> Path:
     return path
 
 
-def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
+def check_config(config: Config, num_devices: int, env: "Environment | None" = None) -> Config:
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
     system, arch, vault = config.system, config.arch, config.vault
     for group in dataclasses.fields(config):
@@ -315,6 +317,8 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
         tensorstore.Spec({"driver": "zarr", "metadata": {"compressor": vault.compression}})
     except ValueError as error:
         raise ConfigError(f"vault.compression {vault.compression} is unknown") from error
+    problem = "arch.distributed needs jax.distributed.initialize, before this file is imported"
+    require(not arch.distributed or jax.distributed.is_initialized(), problem)
     resume = config.checkpoint.resume
     problem = "checkpoint.resume needs vault.uid, the run that is to go on"
     require(bool(vault.uid) or not resume, problem)
@@ -324,7 +328,7 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     task = find_task(config.env, env)
     name = f"ff_ippo_{task.folder}" if vault.name == VaultConfig.name else vault.name
     new_uid = f"{datetime.datetime.now():%Y%m%d%H%M%S}-{secrets.token_hex(4)}"
-    uid = new_uid if vault.uid is None else vault.uid
+    uid = broadcast(new_uid) if vault.uid is None else vault.uid
     extra_leaves = tuple(dict.fromkeys((*task.extra_leaves, *vault.extra_leaves)))
     vault = dataclasses.replace(vault, name=name, uid=uid, extra_leaves=extra_leaves)
     env_config = EnvConfig(task.scenario, config.env.time_limit or task.time_limit)
@@ -333,8 +337,8 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     paths: list[Path] = []
     for group in ("vault", "checkpoint", "results"):
         rel_dir = getattr(config, group).rel_dir
-        if getattr(config, group).save:
-            path = run_path(rel_dir, vault)
+        if getattr(config, group).save and (group == "vault" or jax.process_index() == 0):
+            path = run_path(rel_dir, part_of(vault) if group == "vault" else vault)
             require(path not in paths, f"{group}.rel_dir {rel_dir!r} is taken: choose another")
             problem = f"vault.uid {uid!r} exists already, at {path}: choose another"
             require(resume or not path.exists(), f"{problem}, or go on by checkpoint.resume")
@@ -346,6 +350,66 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
         export = og_marl_path(vault, task.folder, task.scenario)
         require(not export.exists(), f"the export exists already, at {export}: move or delete it")
     return config
+
+
+# ------------------------------------------------------------------------------------------------
+# PROCESSES
+# ------------------------------------------------------------------------------------------------
+
+# Several processes find each other before one touches a device, as importing Jumanji does.
+IS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not pasted into a notebook
+if IS_SCRIPT and (arch := tyro.cli(Config).arch).distributed:
+    # Where process 0 dies, JAX ends the others with a page of text: one line of it is passed on.
+    script = r"""/^ +@|^\*\*\*|GRPC|grpc|preemption_sync|coordination_service/d
+        s/^F.*Terminating process.*/error: process 0 has ended: use checkpoint.resume on all/"""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    passed_on = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "start_new_session": True}
+    os.dup2(subprocess.Popen(["sed", "-uE", script], **passed_on).stdin.fileno(), 2)
+    try:
+        jax.distributed.initialize(
+            arch.coordinator_address,
+            arch.num_processes,
+            arch.process_id,
+            heartbeat_timeout_seconds=30,
+        )
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: arch.distributed: {error}")
+
+# Imported in a notebook, Jumanji chooses a backend of matplotlib that may not be installed.
+with mock.patch.object(builtins, "__IPYTHON__", False, create=True):
+    from jumanji.env import Environment, State
+    from jumanji.environments import LevelBasedForaging, RobotWarehouse
+    from jumanji.environments.routing.lbf import generator as lbf
+    from jumanji.environments.routing.robot_warehouse import constants
+    from jumanji.environments.routing.robot_warehouse import generator as rware
+    from jumanji.types import TimeStep
+    from jumanji.wrappers import Wrapper
+
+
+def gather(tree: ArrayTree) -> ArrayTree:
+    """Arrays that are spread over all devices, as NumPy's; all processes must call it."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def own_part(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
+    """What lies on the devices of this process, of arrays whose first axis is spread over all."""
+    return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec("device"))
+
+
+def broadcast(value: Any) -> Any:
+    """What process 0 gives it, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    return pickle.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
+
+
+def part_of(config: VaultConfig) -> VaultConfig:
+    """The vault in which this process records the rows of its own devices: UID, or UID-p0of2."""
+    index, count = jax.process_index(), jax.process_count()
+    uid = config.uid if count == 1 else f"{config.uid}-p{index}of{count}"
+    return dataclasses.replace(config, uid=uid)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1108,6 +1172,8 @@ def claim(path: Path, exist_ok: bool) -> io.TextIOBase:
 MAX_CHUNK_SIZE = 2**22
 # Transitions in a write, at most, unless a rollout has more: 300 MB of two agents' observations.
 MAX_WRITE_SIZE = 2**19
+# Bytes of the buffer by default, at most, unless a rollout has more.
+MAX_BUFFER_SIZE = 2**30
 
 
 class ChunkedVault(Vault):
@@ -1185,6 +1251,32 @@ def open_vault(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Vault, dic
         return Vault(vault_name=name, vault_uid=uid, rel_dir=rel_dir), metadata
 
 
+def part_paths(path: Path) -> list[Path]:
+    """The vaults of a recording: its folder or, of several processes, UID-p0of2 and so on."""
+    parts = list(path.parent.glob(f"{glob.escape(path.name)}-p*of*"))
+    return parts if parts and not path.exists() else [path]
+
+
+def open_parts(
+    name: str, uid: str, rel_dir: str = "vaults"
+) -> tuple[tuple[Vault, ...], dict[str, Any]]:
+    """The vaults of a recording, in the order of the processes, and their metadata as one.
+
+    Raises what `open_vault` does; there is a warning where parts are missing.
+    """
+    path = run_path(rel_dir, VaultConfig(name=name, uid=uid))
+    parts = [open_vault(name, part.name, rel_dir) for part in part_paths(path)]
+    if len(parts) == 1 and path.exists():
+        return (parts[0][0],), parts[0][1]
+    parts.sort(key=lambda part: part[1]["process"]["index"])
+    vaults, metadata = zip(*parts, strict=True)
+    count = metadata[0]["process"]["count"]
+    missing = sorted(set(range(count)) - {part["process"]["index"] for part in metadata})
+    if missing:
+        warnings.warn(f"{path} is without the parts {missing} of {count} processes", stacklevel=2)
+    return vaults, {**metadata[0], "num_devices": sum(part["num_devices"] for part in metadata)}
+
+
 def to_plain(value: Any) -> Any:
     """What JSON can hold of a value: of NumPy's numbers, Python's."""
     return value.item() if hasattr(value, "item") else str(value)
@@ -1215,27 +1307,26 @@ def write_vault(vault: Vault, experience: dict[str, Array]) -> int:
 def buffer_capacity(config: VaultConfig, experience: Any) -> int:
     """How many rollouts, of leaves (D, NU, UB, T, NE, ...), the buffer holds: 0 if none is saved.
 
-    There is a `ConfigError` where it could lose data, or does not fit into memory: a process that
+    There is a `ConfigError` where it does not hold one, or does not fit into memory: a process that
     asks for too much may be killed.
     """
     leaves = jax.tree.leaves(experience)
-    rollout_length, num_transitions = leaves[0].shape[3], math.prod(leaves[0].shape[:5])
-    smallest = (config.save_interval + 1) * num_transitions
-    max_length = config.max_length or smallest
-    capacity = max_length // num_transitions if config.save else 0
-    size = f"{rollout_length} timesteps in {num_transitions // rollout_length} rows"
-    remedy = f"it must be at least {smallest}, (vault.save_interval + 1) rollouts of {size}"
-    problem = f"{max_length}: the buffer would wrap between writes and lose data; {remedy}"
-    require(max_length >= smallest or not config.save, f"vault.max_length is {problem}")
+    num_transitions = math.prod(leaves[0].shape[:5])
+    rollout_size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    capacity = min(config.save_interval, max(1, MAX_BUFFER_SIZE // rollout_size))
+    if config.max_length is not None:
+        capacity = config.max_length // num_transitions
+    smallest = f"it must hold at least {num_transitions} transitions, those between two evaluations"
+    require(capacity > 0, f"vault.max_length is {config.max_length}: {smallest}")
     # Beside the buffer, one rollout is being made and one is being written.
-    size = (capacity + 2) * sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    stats = jax.devices()[0].memory_stats()  # None on a CPU, whose devices share one memory
+    size = (capacity + 2) * rollout_size
+    stats = jax.local_devices()[0].memory_stats()  # None on a CPU, whose devices share one memory
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if stats:
-        available = stats["bytes_limit"] * jax.device_count()
+        available = stats["bytes_limit"] * jax.local_device_count()
     sizes = f"{size / 1e9:,.1f} GB of the {available / 1e9:,.1f} GB of memory"
-    large = "arch.num_envs, vault.max_length, vault.save_interval, or raise arch.num_evaluation"
-    require(size <= available, f"the experience takes {sizes}: lower {large}")
+    large = "arch.num_envs, vault.max_length, or raise arch.num_evaluation"
+    require(size <= available or not config.save, f"the experience takes {sizes}: lower {large}")
     return capacity
 
 
@@ -1386,7 +1477,14 @@ class Progress(NamedTuple):
 
 def open_checkpoints(path: Path) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in a folder, of which it keeps the newest two."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    index = jax.process_index()  # of several processes, only this one takes part
+    processes = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        enable_async_checkpointing=False,
+        create=False,
+        multiprocessing_options=processes,
+    )
     return ocp.CheckpointManager(path, options=options)
 
 
@@ -1394,22 +1492,26 @@ def describe_config(config: Config) -> dict[str, Any]:
     """What must be the same where a run goes on, from a setting's name to its value."""
     groups = json.loads(json.dumps(dataclasses.asdict(config), default=to_plain))
     settings = {f"{group}.{name}": x for group, xs in groups.items() for name, x in xs.items()}
+    for name in ("distributed", "coordinator_address", "num_processes", "process_id"):
+        del settings[f"arch.{name}"]
     del settings["system.total_timesteps"], settings["checkpoint.resume"]
     num_updates_per_eval = settings.pop("system.num_updates") // settings.pop("arch.num_evaluation")
     settings["system.num_updates / arch.num_evaluation"] = num_updates_per_eval
     settings["the number of devices"] = jax.device_count()
+    settings["the number of processes"] = jax.process_count()
     return settings
 
 
-def save_checkpoint(
-    manager: ocp.CheckpointManager | None, config: Config, progress: Progress
-) -> None:
-    """Save `progress`, numbered by its evaluations; a crash meanwhile leaves the one before."""
+def save_checkpoint(manager: ocp.CheckpointManager, config: Config, progress: Progress) -> None:
+    """Save `progress`, of NumPy arrays, by its number of evaluations; a crash leaves the last."""
     evaluations = progress.evaluations
-    if manager is None or len(evaluations) in manager.all_steps():
+    if len(evaluations) in manager.all_steps():
         return
-    learner, eval_key, params = jax.device_get(progress[:3])
-    state = {"learner": jax.tree.leaves(learner), "eval_key": eval_key, "params": params._asdict()}
+    state = {
+        "learner": jax.tree.leaves(progress.state),
+        "eval_key": np.asarray(progress.eval_key),
+        "params": progress.best_params._asdict(),
+    }
     if evaluations:
         columns = (evaluation._asdict() for evaluation in evaluations)
         state["evaluations"] = jax.tree.map(lambda *x: np.stack(x), *columns)
@@ -1419,31 +1521,41 @@ def save_checkpoint(
         manager.save(len(evaluations), args=items)
 
 
-def load_checkpoint(manager: ocp.CheckpointManager, config: Config, progress: Progress) -> Progress:
+def load_checkpoint(
+    manager: ocp.CheckpointManager | None, config: Config, progress: Progress
+) -> Progress:
     """The progress that was saved last, placed on the devices as the beginning's `progress` is.
 
-    A `ConfigError` names the first difference where it is of another configuration.
+    Process 0, which has a manager, reads it for all; where there is none, `progress` comes back.  A
+    `ConfigError` names the first difference where it is of another configuration.
     """
-    step = manager.latest_step()
-    path = Path(manager.directory, str(step))
-    items = ocp.args.Composite(run=ocp.args.JsonRestore(), state=ocp.args.StandardRestore())
+    saved = path = None
+    if manager is not None and manager.latest_step() is not None:
+        items = ocp.args.Composite(run=ocp.args.JsonRestore(), state=ocp.args.StandardRestore())
+        path = Path(manager.directory, str(manager.latest_step()))
+        with storage("reading the checkpoint", path, "delete it to go on from the one before"):
+            saved = dict(manager.restore(manager.latest_step(), args=items).items())
+    saved = broadcast(saved)
+    if saved is None:
+        return progress
+    run, state = saved["run"], saved["state"]
+    for name, value in describe_config(config).items():
+        old = run["config"].get(name)
+        require(value == old, f"{name} is {value}, but {old} in the run that is to go on")
     with storage("reading the checkpoint", path, "delete it to go on from the one before"):
-        saved = manager.restore(step, args=items)
-        run, state = saved.run, saved.state
-        for name, value in describe_config(config).items():
-            old = run["config"].get(name)
-            require(value == old, f"{name} is {value}, but {old} in the run that is to go on")
+        place = lambda new, old: jax.device_put(new, old.sharding)
         old_leaves, structure = jax.tree.flatten(progress.state)
         chex.assert_trees_all_equal_shapes(state["learner"], old_leaves)
-        leaves = jax.device_put(list(state["learner"]), [old.sharding for old in old_leaves])
-        learner, params = structure.unflatten(leaves), Params(**state["params"])
-        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, progress.best_params))
+        learner = structure.unflatten(map(place, state["learner"], old_leaves))
+        params = jax.tree.map(place, Params(**state["params"]), progress.best_params)
+        columns = state.get("evaluations", {"step_count": []})
         evaluations = []
-        for i in range(step):
+        for i in range(len(columns["step_count"])):
             row = lambda x: x[i] if x.ndim > 1 else x[i].item()
-            evaluations.append(Evaluation(**jax.tree.map(row, state["evaluations"])))
-    done = f"arch.num_evaluation is {config.arch.num_evaluation}, but {step} are done already"
-    require(step <= config.arch.num_evaluation, done)
+            evaluations.append(Evaluation(**jax.tree.map(row, columns)))
+    num_done, num_evaluation = len(evaluations), config.arch.num_evaluation
+    done = f"arch.num_evaluation is {num_evaluation}, but {num_done} are done already"
+    require(num_done <= num_evaluation, done)
     return Progress(learner, state["eval_key"], params, run["best_return"], evaluations)
 
 
@@ -1522,13 +1634,13 @@ def iterate_episodes(
         leaves: what `transitions` holds; by default all leaves.
         num_steps: environment steps to read at a time, in whole evaluations, at least one.
     """
-    vault, metadata = open_vault(name, uid, rel_dir)
-    leaves = tuple(vault._all_datastores) if leaves is None else tuple(leaves)
+    vaults, metadata = open_parts(name, uid, rel_dir)
+    leaves = tuple(vaults[0]._all_datastores) if leaves is None else tuple(leaves)
     if "num_updates_per_eval" not in metadata:
-        raise RecordingError(f"{vault._base_path} is no recording of ff_ippo_store_experience.py")
+        raise RecordingError(f"{name}/{uid} is no recording of ff_ippo_store_experience.py")
     num_updates = metadata["num_updates_per_eval"]
     rollout_length = metadata["system"]["rollout_length"]
-    num_evaluations = vault.vault_index // rollout_length
+    num_evaluations = min(vault.vault_index for vault in vaults) // rollout_length
     low, high = percentiles or (0, 100)
     first, last = (int(num_evaluations * percentile / 100) for percentile in (low, high))
     part = f"percentiles {low} to {high} of the {num_evaluations} evaluations of {name}/{uid}"
@@ -1536,11 +1648,13 @@ def iterate_episodes(
 
     def read(leaves, first, last):
         # `Vault.read` would read all leaves, whatever is asked for, onto the accelerator.
-        stores = {leaf: vault._all_datastores[leaf] for leaf in leaves}
+        stores = {leaf: [vault._all_datastores[leaf] for vault in vaults] for leaf in leaves}
         times = slice(first * rollout_length, last * rollout_length)
-        with storage("reading the vault", Path(vault._base_path), "it is damaged: record it again"):
+        path = Path(os.path.abspath(rel_dir), name, uid)
+        with storage("reading the vault", path, "it is damaged: record it again"):
             futures = jax.tree.map(lambda store: store[:, times].read(), stores)
-            experience = jax.tree.map(lambda future: future.result(), futures)
+            parts = jax.tree.map(lambda future: future.result(), futures)
+        experience = {leaf: x[0] if len(x) == 1 else np.concatenate(x) for leaf, x in parts.items()}
         return restore_time_order(experience, metadata["num_devices"], num_updates, rollout_length)
 
     # INDEX: where each episode lies.  Where the recording begins, episodes begin too; elsewhere an
@@ -1677,7 +1791,7 @@ def export_og_marl(
     Returns the folder of the export, named `label`, such as "Expert", or by default as the part; it
     has this name only when it is whole.  Where it exists already, there is a `ConfigError`.
     """
-    _, metadata = open_vault(name, uid, rel_dir)
+    _, metadata = open_parts(name, uid, rel_dir)
     if "num_updates_per_eval" not in metadata:
         raise RecordingError(f"{name}/{uid} is no recording of ff_ippo_store_experience.py")
     folder = metadata.get("task", {}).get("folder", "rware")
@@ -1756,7 +1870,7 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
 
 def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     """What is in a vault: returns, lengths and actions, in each third of the training."""
-    vault, metadata = open_vault(name, uid, rel_dir)
+    vaults, metadata = open_parts(name, uid, rel_dir)
     episodes = load_episodes(name, uid, rel_dir, leaves=("action",))
     returns, length = episodes.episode_return, episodes.length
     low, high = float(returns.min(initial=0)), float(returns.max(initial=0))
@@ -1767,8 +1881,8 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
         np.linspace(0, length.max(initial=1), 11),
         np.arange(metadata["num_actions"] + 1) - 0.5,
     )
-    num_steps = vault.vault_index * vault._all_datastores["done"].shape[0]
-    third = 3 * episodes.recorded_at // max(1, num_steps)
+    num_rows = sum(vault._all_datastores["done"].shape[0] for vault in vaults)
+    third = 3 * episodes.recorded_at // max(1, vaults[0].vault_index * num_rows)
     colors = ("#A6CEE3", "#4292C6", "#08306B")  # their lightness tells them apart
 
     figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
@@ -1866,10 +1980,12 @@ def optional(what: str) -> Iterator[None]:
 def run_experiment(config: Config = Config(), env: Environment | None = None) -> ExperimentResult:
     """Train, evaluate and record; `env` is an environment of one's own, instead of `config.env`.
 
+    Of several processes each records the rows of its own devices, and process 0 does the rest.
     Raises a `ConfigError` before anything is recorded, later a `RecordingError` (a vault or a
     checkpoint that could not be written or read) or a `TrainingError`.
     """
     start_time = time.perf_counter()
+    is_first_process, is_alone = jax.process_index() == 0, jax.process_count() == 1
     mesh = Mesh(np.array(jax.devices()), ("device",))
     config = check_config(config, mesh.size, env)
     system, arch, checkpoint, vault = config.system, config.arch, config.checkpoint, config.vault
@@ -1884,11 +2000,15 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
     evaluate_actor = make_evaluate(env, arch.num_eval_episodes, arch.evaluation_greedy, mesh)
     init = functools.partial(init_learner, env=env, config=config, mesh=mesh)
     experience = jax.eval_shape(learn, jax.eval_shape(init, key, params_key)).experience
+    *axes, num_agents, num_actions = experience["legal_action_mask"].shape
+    steps_per_evaluation = math.prod(axes)
+    own_shape = lambda x: jax.ShapeDtypeStruct((jax.local_device_count(), *x.shape[1:]), x.dtype)
+    experience = jax.tree.map(own_shape, experience)  # of this process
     buffer_capacity(vault, experience)  # refused before anything is made
     state = init(key, params_key)
     params = get_params(state)
     if checkpoint.load_params:
-        loaded = load_params(checkpoint.load_params)
+        loaded = broadcast(load_params(checkpoint.load_params) if is_first_process else None)
         same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, loaded)
         require(same, f"checkpoint.load_params {checkpoint.load_params!r} has other networks")
         params = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), loaded, params)
@@ -1896,19 +2016,18 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
         critic = state.critic.replace(params=params.critic)
         state = state._replace(actor=actor, critic=critic)
     progress = Progress(state, eval_key, params, -math.inf, [])
-    *axes, num_agents, num_actions = experience["legal_action_mask"].shape
-    steps_per_evaluation = math.prod(axes)
     metadata = {
         **dataclasses.asdict(config),
         "task": {name: getattr(task, name) for name in ("environment", "folder", "actions")},
         "policy": {"params": checkpoint.load_params or "initial", "episode_return": None},
         "num_agents": num_agents,
         "num_actions": num_actions,
-        "num_devices": mesh.size,
+        "num_devices": jax.local_device_count(),
+        "process": {"index": jax.process_index(), "count": jax.process_count()},
         "num_updates_per_eval": num_updates_per_eval,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    recorder = manager = absolute_metric = None
+    recorder = manager = results = absolute_metric = None
 
     with contextlib.ExitStack() as stack:
 
@@ -1919,23 +2038,30 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 flags = f"--checkpoint.resume --vault.uid {vault.uid}"
                 error.add_note(f"{done}: to go on, run the same with {flags}")
 
+        if not is_first_process:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+
         # RESUME, or begin in folders of its own
-        if checkpoint.save:
+        if checkpoint.save and is_first_process:
             path = run_path(checkpoint.rel_dir, vault)
             stack.enter_context(claim(path, exist_ok=checkpoint.resume))
             manager = stack.enter_context(open_checkpoints(path))
-            if manager.latest_step() is not None:
-                progress = load_checkpoint(manager, config, progress)
-            elif checkpoint.resume:
-                print(f"there is no checkpoint in {path}: the run starts from the beginning")
-                if vault.save and run_path(vault.rel_dir, vault).exists():
-                    recorded = open_vault(vault.name, vault.uid, vault.rel_dir)[0].vault_index
-                    require(not recorded, f"vault.uid {vault.uid!r} holds data: choose another")
+        if checkpoint.resume:
+            progress = load_checkpoint(manager, config, progress)
         num_done = len(progress.evaluations)
+        own_vault = part_of(vault)
+        own_path = run_path(own_vault.rel_dir, own_vault)
+        if checkpoint.resume and progress.state is state:
+            path = run_path(checkpoint.rel_dir, vault)
+            print(f"there is no checkpoint in {path}: the run starts from the beginning")
+            if vault.save and own_path.exists():
+                recorded = open_vault(own_vault.name, own_vault.uid, vault.rel_dir)[0].vault_index
+                require(not recorded, f"vault.uid {vault.uid!r} holds data: choose another")
         if vault.save:
             num_written = num_done if checkpoint.resume else None
-            recorder = stack.enter_context(Recorder(vault, experience, metadata, mesh, num_written))
-        if config.results.save:
+            recorder = Recorder(own_vault, experience, metadata, mesh.local_mesh, num_written)
+            stack.enter_context(recorder)
+        if config.results.save and is_first_process:
             results = run_path(config.results.rel_dir, vault)
             with optional(f"making {results}"):
                 results.mkdir(parents=True, exist_ok=checkpoint.resume)
@@ -1945,17 +2071,24 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
             f"{arch.num_evaluation * steps_per_evaluation:,} environment steps in "
             f"{steps_per_evaluation // system.rollout_length:,} rows, "
             f"recorded in {recorder.path if recorder else 'no vault'}"
+            f"{'' if is_alone else f' and {jax.process_count() - 1} more'}"
         )
         if system.total_timesteps not in (None, arch.num_evaluation * steps_per_evaluation):
             print(f"system.total_timesteps {system.total_timesteps:,} is rounded up to evaluations")
 
         def save():
-            """Write the vault, then a checkpoint: it never knows of more than the vault holds."""
+            """Write the vault, then a checkpoint: it never knows of more than any part holds."""
             if recorder:
                 recorder.write()
-                recorder.then(save_checkpoint, manager, config, progress)
-            else:
-                save_checkpoint(manager, config, progress)
+                if not is_alone:
+                    recorder.wait()
+            if checkpoint.save:
+                state, params = gather((progress.state, progress.best_params))
+                saved = progress._replace(state=state, best_params=params)
+            if manager and recorder:
+                recorder.then(save_checkpoint, manager, config, saved)
+            elif manager:
+                save_checkpoint(manager, config, saved)
 
         # In a thread, so that a signal is answered at once and not when XLA returns.
         compute = ThreadPoolExecutor(max_workers=1)
@@ -1976,6 +2109,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 train_time = time.perf_counter()
                 state, experience, metrics, losses, finite = call(learn, progress.state)
                 train_time = time.perf_counter() - train_time
+                finite, losses = jax.device_get((finite, losses))
                 if not finite.all():
                     num_updates = index * num_updates_per_eval + int(finite.argmin()) + 1
                     steps = num_updates * steps_per_evaluation // num_updates_per_eval
@@ -1985,13 +2119,13 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
 
                 # RECORD
                 if recorder:
-                    recorder.add(experience)
+                    recorder.add(own_part(experience, mesh))
                 del experience  # so that it is not held while the next is made
 
                 # EVALUATE the parameters that the update has just produced
                 eval_key, *keys = jax.random.split(progress.eval_key, mesh.size + 1)
-                evaluated = call(evaluate_actor, state.actor, jnp.stack(keys))
-                evaluated, metrics, losses = jax.device_get((evaluated, metrics, losses))
+                evaluated = call(evaluate_actor, state.actor, np.stack(keys))
+                evaluated, metrics = call(gather, (evaluated, metrics))
                 best = progress.best_params, progress.best_return
                 mean_return = float(evaluated.episode_return.mean())
                 if mean_return >= progress.best_return:
@@ -2013,18 +2147,20 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 )
                 last_time = now
                 progress = Progress(state, eval_key, *best, [*past, evaluation])
-                num_timesteps = recorder.num_timesteps if recorder else None
+                num_timesteps = recorder.num_timesteps * jax.process_count() if recorder else None
                 line = describe_evaluation(evaluation, index == num_done, num_timesteps)
                 tqdm.write(line, file=sys.stdout)
                 bar.update()
                 # The file is written whole: rarer as it grows, so that this stays linear in time.
-                if config.results.save and index % (1 + index // 200) == 0:
+                if results and index % (1 + index // 200) == 0:
                     with optional("writing metrics.json"):
                         write_metrics(config, task, progress.evaluations)
                 if index % vault.save_interval == 0:
                     save()
         finally:
-            save()
+            # Processes that are stopped at different evaluations go on from the last checkpoint.
+            if is_alone or len(progress.evaluations) == arch.num_evaluation:
+                save()
 
         # ABSOLUTE METRIC of the best parameters
         actor = progress.state.actor.replace(params=progress.best_params.actor)
@@ -2032,33 +2168,40 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
             eval_key, returns = progress.eval_key, np.zeros(0, np.float32)
             while len(returns) < arch.num_absolute_metric_eval_episodes:
                 eval_key, *keys = jax.random.split(eval_key, mesh.size + 1)
-                evaluated = call(evaluate_actor, actor, jnp.stack(keys))
-                returns = np.append(returns, evaluated.episode_return)
+                evaluated = call(evaluate_actor, actor, np.stack(keys))
+                returns = np.append(returns, call(gather, evaluated.episode_return))
             absolute_metric = float(returns[: arch.num_absolute_metric_eval_episodes].mean())
 
-    path, num_timesteps = (recorder.path, recorder.num_timesteps) if recorder else (None, 0)
-    evaluations, params = progress.evaluations, progress.best_params
+    multihost_utils.sync_global_devices("recorded")
+    num_timesteps = recorder.num_timesteps * jax.process_count() if recorder else 0
+    evaluations, params = progress.evaluations, jax.device_get(progress.best_params)
+    path = recorder.path if recorder else None
     result = ExperimentResult(config, path, num_timesteps, evaluations, params, absolute_metric)
+    if recorder and not system.learn:
+        metadata["policy"]["episode_return"] = float(result.evaluation_returns.mean())
+        with optional("writing metadata.json"):
+            update_metadata(recorder.path, {"policy": metadata["policy"]})
+    if not is_first_process:
+        return result
     seconds = round(time.perf_counter() - start_time)
     print(f"done in {datetime.timedelta(seconds=seconds)} (h:mm:ss)")
     if arch.absolute_metric:
         print(f"absolute metric: {absolute_metric:.2f} (mean episode return)")
     if recorder:
-        size = sum(file.stat().st_size for file in recorder.path.rglob("*") if file.is_file())
-        print(f"vault: {result.num_timesteps:,} steps, {size / 1e6:,.1f} MB in {recorder.path}")
-        opened = f"Vault({vault.name!r}, vault_uid={vault.uid!r}, rel_dir={vault.rel_dir!r})"
+        paths = part_paths(run_path(vault.rel_dir, vault))
+        files = (file for path in paths for file in path.rglob("*"))
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        where = ", ".join(map(str, sorted(paths)))
+        print(f"vault: {result.num_timesteps:,} steps, {size / 1e6:,.1f} MB in {where}")
+        opened = f"Vault({vault.name!r}, vault_uid={own_vault.uid!r}, rel_dir={vault.rel_dir!r})"
         print(f"read it with: from flashbax.vault import Vault; {opened}.read()")
 
     # EXPORT, and RESULTS
-    if recorder and not system.learn:
-        metadata["policy"]["episode_return"] = float(result.evaluation_returns.mean())
-        with optional("writing metadata.json"):
-            update_metadata(recorder.path, {"policy": metadata["policy"]})
     recording = (vault.name, vault.uid, vault.rel_dir)
     if recorder and vault.og_marl:
         with optional("the export"):
             print(f"in OG-MARL's layout: {export_og_marl(*recording)}")
-    if config.results.save:
+    if results:
         with optional("writing metrics.json"):
             write_metrics(config, task, result.evaluations, absolute_metric)
         with optional("drawing learning_curve.png"):
@@ -2069,7 +2212,8 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
         if config.results.animation:
             with optional("drawing episode.gif"):
                 path = results / "episode.gif"
-                animate_episode(env, actor, path, system.seed, arch.evaluation_greedy)
+                actor, greedy = jax.device_get(actor), arch.evaluation_greedy
+                animate_episode(env, actor, path, system.seed, greedy)
         print(f"results: {', '.join(sorted(x.name for x in results.glob('*.*')))} in {results}")
     return result
 
@@ -2097,14 +2241,19 @@ def main() -> None:
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     for each in handlers:
         signal.signal(each, stop)
+    problem = None
     try:
         run_experiment(config)
     except (ConfigError, RecordingError, TrainingError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        problem = f"error: {error}"
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            problem = "error: out of memory: lower arch.num_envs, or vault.max_length if it is set"
+        elif jax.process_count() > 1:
+            reason = str(error).splitlines()[0]
+            problem = f"error: another process has ended ({reason}): use checkpoint.resume on all"
+        else:
             raise
-        sys.exit("error: out of memory: lower arch.num_envs, or vault.max_length if it is set")
     except KeyboardInterrupt as interrupt:
         if in_notebook:
             raise
@@ -2115,10 +2264,15 @@ def main() -> None:
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
+    if problem and jax.process_count() > 1:
+        print(problem, file=sys.stderr, flush=True)
+        os._exit(1)  # not waiting for the others
+    if problem:
+        sys.exit(problem)
 
 
 if __name__ == "__main__":
-    if "__file__" in globals():
+    if IS_SCRIPT:
         main()
     else:  # pasted into a notebook, whose command line is not this file's
         print("ready: result = run_experiment(Config()) trains and records")
