@@ -110,140 +110,103 @@ def bounded(words: str, holds: Callable[[Any], bool]) -> tuple[Bound, Any]:
     return Bound(words, holds), hint
 
 
-COUNT = bounded("at least 1", lambda value: value >= 1)
-POSITIVE = bounded("above 0", lambda value: value > 0)
-NOT_NEGATIVE = bounded("at least 0", lambda value: value >= 0)
-FRACTION = bounded("from 0 to 1", lambda value: 0 <= value <= 1)
-SEED = bounded("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
-LAYERS = bounded("layers of at least 1 unit", lambda sizes: all(size >= 1 for size in sizes))
+AT_LEAST_1 = bounded("at least 1", lambda value: value >= 1)
+Count, OptionalCount = Annotated[int, *AT_LEAST_1], Annotated[int | None, *AT_LEAST_1]
+Seed = Annotated[int, *bounded("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)]
+Positive = Annotated[float, *bounded("above 0", lambda value: value > 0)]
+NotNegative = Annotated[float, *bounded("at least 0", lambda value: value >= 0)]
+Fraction = Annotated[float, *bounded("from 0 to 1", lambda value: 0 <= value <= 1)]
+UNITS = bounded("layers of at least 1 unit", lambda sizes: all(size >= 1 for size in sizes))
+LayerSizes = Annotated[tuple[int, ...], *UNITS]
 
 
 @dataclass(frozen=True)
 class SystemConfig:
     """Independent PPO, with Mava's defaults."""
 
-    total_timesteps: Annotated[int | None, *COUNT] = None
-    """Environment steps in all. If set, it decides num_updates."""
-    num_updates: Annotated[int, *COUNT] = 1000
-    """PPO updates in all. A multiple of arch.num_evaluation."""
-    seed: Annotated[int, *SEED] = 42
-    """Seed of every random number."""
-    learn: bool = True
-    """Update the policy. Without, it is recorded as it is."""
-    add_agent_id: bool = True
-    """Put a one-hot of the agent's index in front of its observation."""
-    actor_lr: Annotated[float, *POSITIVE] = 2.5e-4
-    """Adam's learning rate for the actor."""
-    critic_lr: Annotated[float, *POSITIVE] = 2.5e-4
-    """Adam's learning rate for the critic."""
-    update_batch_size: Annotated[int, *COUNT] = 2
-    """Sets of environments on each device whose gradients are averaged (UB)."""
-    rollout_length: Annotated[int, *COUNT] = 128
-    """Timesteps of each environment between updates (T)."""
-    ppo_epochs: Annotated[int, *COUNT] = 4
-    """Passes over the transitions of a rollout."""
-    num_minibatches: Annotated[int, *COUNT] = 2
-    """Minibatches in each pass. A divisor of rollout_length * arch.num_envs."""
-    gamma: Annotated[float, *FRACTION] = 0.99
-    """Discount per timestep."""
-    gae_lambda: Annotated[float, *FRACTION] = 0.95
-    """Lambda of the generalised advantage estimate."""
-    clip_eps: Annotated[float, *POSITIVE] = 0.2
-    """Clip range of the probability ratio and of the value."""
-    ent_coef: Annotated[float, *NOT_NEGATIVE] = 0.01
-    """Entropy coefficient."""
-    vf_coef: Annotated[float, *NOT_NEGATIVE] = 0.5
-    """Value loss coefficient."""
-    max_grad_norm: Annotated[float, *POSITIVE] = 0.5
-    """Global norm to which gradients are clipped."""
+    total_timesteps: OptionalCount = None  # environment steps in all; if set, decides num_updates
+    num_updates: Count = 1000  # PPO updates in all, a multiple of arch.num_evaluation
+    seed: Seed = 42  # seed of every random number
+    learn: bool = True  # update the policy; without, it is recorded as it is
+    add_agent_id: bool = True  # put a one-hot of the agent's index in front of its observation
+    actor_lr: Positive = 2.5e-4  # Adam's learning rate for the actor
+    critic_lr: Positive = 2.5e-4  # Adam's learning rate for the critic
+    update_batch_size: Count = 2  # environment sets per device; their gradients are averaged (UB)
+    rollout_length: Count = 128  # timesteps of each environment between updates (T)
+    ppo_epochs: Count = 4  # passes over the transitions of a rollout
+    num_minibatches: Count = 2  # minibatches in each pass, dividing rollout_length * arch.num_envs
+    gamma: Fraction = 0.99  # discount per timestep
+    gae_lambda: Fraction = 0.95  # lambda of the generalised advantage estimate
+    clip_eps: Positive = 0.2  # clip range of the probability ratio and of the value
+    ent_coef: NotNegative = 0.01  # entropy coefficient
+    vf_coef: NotNegative = 0.5  # value loss coefficient
+    max_grad_norm: Positive = 0.5  # global norm to which gradients are clipped
 
 
 @dataclass(frozen=True)
 class ArchConfig:
     """Anakin: how much runs side by side, and how often it is evaluated."""
 
-    num_envs: Annotated[int, *COUNT] = 16
-    """Environments in each of the system.update_batch_size sets (NE)."""
-    num_evaluation: Annotated[int, *COUNT] = 200
-    """Evaluations, evenly spaced over training (E)."""
-    num_eval_episodes: Annotated[int, *COUNT] = 32
-    """Episodes in each evaluation. A multiple of the number of devices."""
-    num_absolute_metric_eval_episodes: Annotated[int, *COUNT] = 320
-    """Episodes for the absolute metric."""
-    absolute_metric: bool = True
-    """Evaluate the best parameters once more at the end."""
-    evaluation_greedy: bool = False
-    """Evaluate the most probable action instead of a sampled one."""
+    num_envs: Count = 16  # environments in each of the system.update_batch_size sets (NE)
+    num_evaluation: Count = 200  # evaluations, evenly spaced over training (E)
+    num_eval_episodes: Count = 32  # episodes per evaluation, a multiple of the number of devices
+    num_absolute_metric_eval_episodes: Count = 320  # episodes for the absolute metric
+    absolute_metric: bool = True  # evaluate the best parameters once more at the end
+    evaluation_greedy: bool = False  # evaluate the most probable action instead of a sampled one
 
 
 @dataclass(frozen=True)
 class EnvConfig:
     """The task."""
 
+    # one of TASKS, such as small-4ag (RobotWarehouse) or 15x15-3p-5f (LevelBasedForaging)
     scenario: str = "tiny-2ag"
-    """One of TASKS, such as small-4ag (RobotWarehouse) or 15x15-3p-5f (LevelBasedForaging)."""
-    time_limit: Annotated[int | None, *COUNT] = None
-    """Timesteps after which an episode is cut off; by default the task's own, 500 or 100."""
+    time_limit: OptionalCount = None  # timesteps until an episode is cut off; by default 500 or 100
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
     """Torsos of the actor and the critic."""
 
-    actor_layer_sizes: Annotated[tuple[int, ...], *LAYERS] = (128, 128)
-    """Units of each ReLU layer of the actor."""
-    critic_layer_sizes: Annotated[tuple[int, ...], *LAYERS] = (128, 128)
-    """Units of each ReLU layer of the critic."""
+    actor_layer_sizes: LayerSizes = (128, 128)  # units of each ReLU layer of the actor
+    critic_layer_sizes: LayerSizes = (128, 128)  # units of each ReLU layer of the critic
 
 
 @dataclass(frozen=True)
 class VaultConfig:
     """Where and how the experience is recorded: REL_DIR/NAME/UID."""
 
-    save: bool = True
-    """Record the experience."""
-    name: str = "ff_ippo_rware"
-    """Name of the vault; ff_ippo_lbf, say, by default for another family of tasks."""
-    uid: str | None = None
-    """Identifier of this recording; by default the date, the time and a random number."""
-    rel_dir: str = "vaults"
-    """Folder of all vaults, from the working directory."""
-    save_interval: Annotated[int, *COUNT] = 5
-    """Evaluations between writes to disk."""
-    max_length: Annotated[int | None, *COUNT] = None
-    """Transitions that the buffer holds; by default save_interval + 1 rollouts of each row."""
+    save: bool = True  # record the experience
+    name: str = "ff_ippo_rware"  # name of the vault; for another family of tasks ff_ippo_lbf, say
+    uid: str | None = None  # identifier of this recording; by default date, time, random number
+    rel_dir: str = "vaults"  # folder of all vaults, from the working directory
+    save_interval: Count = 5  # evaluations between writes to disk
+    # transitions that the buffer holds; by default save_interval + 1 rollouts of each row
+    max_length: OptionalCount = None
+    # compression as Flashbax takes it, such as id gzip level 5; by default zstd at level 1
     compression: dict[str, int | str] | None = None
-    """Compression as Flashbax takes it, such as id gzip level 5; by default zstd at level 1."""
+    # recorded too: any of next_observation, log_prob, value, discount, step_count, truncation
     extra_leaves: tuple[str, ...] = ()
-    """Recorded too: any of next_observation, log_prob, value, discount, step_count, truncation."""
-    og_marl: bool = False
-    """Also export the recording in OG-MARL's layout, to REL_DIR/NAME_UID/rware."""
+    og_marl: bool = False  # also export the vault in OG-MARL's layout, to REL_DIR/NAME_UID/rware
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """What a run needs to go on: REL_DIR/NAME/UID, with the vault's name and uid."""
 
-    save: bool = True
-    """Save a checkpoint after each write to the vault; the newest two are kept."""
-    resume: bool = False
-    """Go on from the last checkpoint of vault.uid, to as many updates and evaluations or more."""
-    rel_dir: str = "checkpoints"
-    """Folder of all checkpoints, from the working directory."""
-    load_params: str | None = None
-    """Begin with the best parameters of an earlier run: its folder, checkpoints/NAME/UID."""
+    save: bool = True  # save a checkpoint after each write to the vault; the newest two are kept
+    resume: bool = False  # go on from the last checkpoint of vault.uid, to as many updates or more
+    rel_dir: str = "checkpoints"  # folder of all checkpoints, from the working directory
+    load_params: str | None = None  # begin with the best parameters of a run, checkpoints/NAME/UID
 
 
 @dataclass(frozen=True)
 class ResultsConfig:
     """Metrics and pictures of the run: REL_DIR/NAME/UID, with the vault's name and uid."""
 
-    save: bool = True
-    """Save the metrics and, at the end, pictures of them and of the vault."""
-    rel_dir: str = "results"
-    """Folder of all results, from the working directory."""
-    animation: bool = False
-    """Save an animation too, of one episode of the best parameters."""
+    save: bool = True  # save the metrics and, at the end, pictures of them and of the vault
+    rel_dir: str = "results"  # folder of all results, from the working directory
+    animation: bool = False  # save an animation too, of one episode of the best parameters
 
 
 @dataclass(frozen=True)
@@ -282,15 +245,14 @@ def run_path(rel_dir: str, config: VaultConfig) -> Path:
 
 def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
-    system, arch, vault = config.system, config.arch, config.vault
-    for group in dataclasses.fields(config):
-        settings = getattr(config, group.name)
+    for group, settings in vars(config).items():
         for name, hint in get_type_hints(type(settings), include_extras=True).items():
             value = getattr(settings, name)
             for bound in getattr(hint, "__metadata__", ()):
                 if isinstance(bound, Bound) and not (value is None or bound.holds(value)):
-                    raise ConfigError(f"{group.name}.{name} is {value}: it must be {bound.words}")
+                    raise ConfigError(f"{group}.{name} is {value}: it must be {bound.words}")
 
+    system, arch, vault, checkpoint = config.system, config.arch, config.vault, config.checkpoint
     transitions = system.rollout_length * arch.num_envs
     problem = f"arch.num_envs is {arch.num_envs}: a rollout has too many transitions for 32 bits"
     require(system.update_batch_size * transitions < 2**31, problem)
@@ -315,11 +277,10 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
         tensorstore.Spec({"driver": "zarr", "metadata": {"compressor": vault.compression}})
     except ValueError as error:
         raise ConfigError(f"vault.compression {vault.compression} is unknown") from error
-    resume = config.checkpoint.resume
-    problem = "checkpoint.resume needs vault.uid, the run that is to go on"
-    require(bool(vault.uid) or not resume, problem)
-    problem = "checkpoint.resume needs checkpoint.save: only a run that saved any can go on"
-    require(config.checkpoint.save or not resume, problem)
+    if checkpoint.resume:
+        require(bool(vault.uid), "checkpoint.resume needs vault.uid, the run that is to go on")
+        problem = "checkpoint.resume needs checkpoint.save: only a run that saved any can go on"
+        require(checkpoint.save, problem)
 
     task = find_task(config.env, env)
     name = f"ff_ippo_{task.folder}" if vault.name == VaultConfig.name else vault.name
@@ -331,16 +292,17 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     config = dataclasses.replace(config, system=system, env=env_config, vault=vault)
 
     paths: list[Path] = []
-    for group in ("vault", "checkpoint", "results"):
-        rel_dir = getattr(config, group).rel_dir
-        if getattr(config, group).save:
-            path = run_path(rel_dir, vault)
-            require(path not in paths, f"{group}.rel_dir {rel_dir!r} is taken: choose another")
+    for group, settings in vars(config).items():
+        if getattr(settings, "save", False):
+            path = run_path(settings.rel_dir, vault)
+            folder = f"{group}.rel_dir {settings.rel_dir!r}"
+            require(path not in paths, f"{folder} is taken: choose another")
             problem = f"vault.uid {uid!r} exists already, at {path}: choose another"
-            require(resume or not path.exists(), f"{problem}, or go on by checkpoint.resume")
+            free = checkpoint.resume or not path.exists()
+            require(free, f"{problem}, or go on by checkpoint.resume")
             parent = next(parent for parent in path.parents if parent.exists())
             writable = parent.is_dir() and os.access(parent, os.W_OK)
-            require(writable, f"{group}.rel_dir {rel_dir!r} cannot be written: choose another")
+            require(writable, f"{folder} cannot be written: choose another")
             paths.append(path)
     if vault.save and vault.og_marl:
         export = og_marl_path(vault, task.folder, task.scenario)
