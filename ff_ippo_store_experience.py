@@ -359,14 +359,13 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(config: EnvConfig, env: Environment | None = None) -> Task:
-    """The task that `config` names, or that an environment of one's own is: see the README.
+    """The task that `config` names or an environment of one's own is: see the README.
 
     A `ConfigError` says that there is none of that name, or what the environment lacks.
     """
     if env is None:
-        name = config.scenario
-        known = f"env.scenario {name!r} is unknown: choose one of {', '.join(TASKS)}"
-        require(name in TASKS, known)
+        name, names = config.scenario, ", ".join(TASKS)
+        require(name in TASKS, f"env.scenario {name!r} is unknown: choose one of {names}")
         return TASKS[name]._replace(scenario=name)
     name = type(env).__name__
     require(not isinstance(env, type), f"{env} is a class: give an instance of it")
@@ -380,8 +379,8 @@ def find_task(config: EnvConfig, env: Environment | None = None) -> Task:
     require(has_actions, f"{name} has no action_mask (N, A) in its observation, nor an action_spec")
     _, timestep = jax.eval_shape(env.step, state, jnp.zeros(len(view), jnp.int32))
     shapes = {timestep.reward.shape, timestep.discount.shape}
-    fit = shapes <= {(), (len(view),)}
-    require(fit, f"reward and discount of {name} must be of shape () or (N,): they are {shapes}")
+    problem = f"reward and discount of {name} must be of shape () or (N,): they are {shapes}"
+    require(shapes <= {(), (len(view),)}, problem)
     limit = f"env.time_limit is {config.time_limit}, but that of {name} {env.time_limit}"
     require(config.time_limit in (None, env.time_limit), limit)
     scenario = name if config.scenario in TASKS else config.scenario
@@ -404,36 +403,32 @@ class Observation(NamedTuple):
 
 
 class AgentWrapper(Wrapper):
-    """Gives every agent its own observation, reward and discount, as Mava's systems expect them."""
+    """Gives each agent its `Observation` (N, .), reward and discount (N,) float32, as in Mava."""
 
     def __init__(self, env: Environment, add_agent_id: bool):
         self._env, self.add_agent_id = env, add_agent_id
-        # For where there is no mask; read here, as within a traced function it would be traced too.
-        num_values = getattr(getattr(env, "action_spec", None), "num_values", 0)
-        self.num_actions = int(np.asarray(num_values).max())
 
     def reset(self, key: PRNGKey) -> tuple[State, TimeStep]:
-        """See `Environment.reset`; the timestep is that of `step`."""
         return self._per_agent(*self._env.reset(key))
 
-    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
-        """Take the joint action (N,) int32: `Observation` (N, .), reward, discount (N,) float32."""
+    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:  # (N,) int32
         return self._per_agent(*self._env.step(state, action))
 
     def _per_agent(self, state: State, timestep: TimeStep) -> tuple[State, TimeStep]:
-        agents_view = timestep.observation.agents_view.astype(jnp.float32)
-        num_agents = agents_view.shape[0]
+        view = timestep.observation.agents_view.astype(jnp.float32)
         if self.add_agent_id:
-            agents_view = jnp.concatenate([jnp.eye(num_agents), agents_view], axis=1)
-        action_mask = getattr(timestep.observation, "action_mask", None)
-        if action_mask is None:  # all actions are legal
-            action_mask = jnp.ones((num_agents, self.num_actions))
+            view = jnp.concatenate([jnp.eye(len(view)), view], axis=1)
+        mask = getattr(timestep.observation, "action_mask", None)
+        if mask is None:  # all actions are legal
+            with jax.ensure_compile_time_eval():  # the specification would be traced, too
+                num_actions = int(np.max(self._env.action_spec.num_values))
+            mask = jnp.ones((len(view), num_actions))
+        # What the team has in common is that of each agent.
+        spread = lambda x: jnp.broadcast_to(x, len(view)).astype(jnp.float32)
+        reward, discount = spread(timestep.reward), spread(timestep.discount)
+        observation = Observation(view, mask.astype(bool))
         return state, timestep.replace(
-            observation=Observation(agents_view, action_mask.astype(bool)),
-            # What the team has in common is that of each agent.
-            reward=jnp.broadcast_to(timestep.reward, num_agents).astype(jnp.float32),
-            discount=jnp.broadcast_to(timestep.discount, num_agents).astype(jnp.float32),
-            extras={},
+            observation=observation, reward=reward, discount=discount, extras={}
         )
 
 
@@ -442,51 +437,49 @@ def observation_shape(env: Environment) -> Observation:
     return jax.eval_shape(env.reset, jax.random.PRNGKey(0))[1].observation
 
 
-class EnvState(NamedTuple):
-    """State of environments, and of the episodes under way in them."""
-
-    state: State  # Jumanji's, tree of (...)
-    episode_return: Array  # (...) float32, the agents' mean reward, summed so far
-    episode_length: Array  # (...) int32, timesteps so far
-
-
 class EpisodeMetrics(NamedTuple):
-    """Return and length of episodes, to be read only where `done`."""
+    """Return and length of episodes so far: of whole ones where `done`."""
 
-    episode_return: Array  # (...) float32
+    episode_return: Array  # (...) float32, the agents' mean reward, summed
     episode_length: Array  # (...) int32, timesteps
     done: Array  # (...) bool, the step was the last of its episode
 
 
-def reset_environment(env: Environment, key: PRNGKey) -> tuple[EnvState, TimeStep]:
-    """Begin the first episode of an environment."""
-    state, timestep = env.reset(jax.random.split(key)[1])
-    return EnvState(state, jnp.float32(0), jnp.int32(0)), timestep
+class EnvState(NamedTuple):
+    """Where environments are, between two steps."""
+
+    state: State  # Jumanji's, tree of (...)
+    observation: Observation  # (..., N, .), what the next action is chosen on
+    metrics: EpisodeMetrics  # (...), of the last step's episode
+
+
+def reset_environments(env: Environment, keys: PRNGKey) -> EnvState:
+    """Begin the first episodes of B environments, with the keys (B, 2)."""
+    state, timestep = jax.vmap(env.reset)(keys)
+    zeros = functools.partial(jnp.zeros, len(keys))
+    metrics = EpisodeMetrics(zeros(jnp.float32), zeros(jnp.int32), zeros(bool))
+    return EnvState(state, timestep.observation, metrics)
 
 
 def step_environment(
     env: Environment, env_state: EnvState, action: Array
-) -> tuple[EnvState, TimeStep, EpisodeMetrics]:
+) -> tuple[EnvState, TimeStep]:
     """Step an environment with the joint action (N,), and begin a new episode where one ended.
 
-    Of the timestep, the observation is then the new episode's first; all else is of the step, and
-    `extras["next_observation"]` is what it led to.
+    The timestep is what the step led to, also where it ended: only the state is of the new episode.
     """
     state, timestep = env.step(env_state.state, action)
-    done, next_observation = timestep.last(), timestep.observation
-    episode_return = env_state.episode_return + timestep.reward.mean()
-    episode_length = env_state.episode_length + 1
+    before, done = env_state.metrics, timestep.last()
+    episode_return = jnp.where(before.done, 0, before.episode_return) + timestep.reward.mean()
+    episode_length = jnp.where(before.done, 0, before.episode_length) + 1
 
     def reset(key):
         state, timestep = env.reset(jax.random.split(key)[0])
         return state, timestep.observation
 
-    state, observation = rare_cond(done, reset, (state, next_observation), state.key)
-    return (
-        EnvState(state, jnp.where(done, 0.0, episode_return), jnp.where(done, 0, episode_length)),
-        timestep.replace(observation=observation, extras={"next_observation": next_observation}),
-        EpisodeMetrics(episode_return, episode_length, done),
-    )
+    state, observation = rare_cond(done, reset, (state, timestep.observation), state.key)
+    metrics = EpisodeMetrics(episode_return, episode_length, done)
+    return EnvState(state, observation, metrics), timestep
 
 
 def rare_cond(condition: Array, function: Callable, default: Any, *operands: Any) -> Any:
@@ -554,14 +547,16 @@ class Foraging(LevelBasedForaging):
 
 
 class Layers(nn.Module):
-    """Dense layers with orthogonal weights, (..., F) -> (..., sizes[-1])."""
+    """Dense layers with orthogonal weights, (..., F) -> (rows, sizes[-1])."""
 
     sizes: tuple[int, ...]
-    gain: float
+    gain: float = math.sqrt(2)
     activation: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        # One matrix product over all rows is 2.6 times as fast as one with several batch axes.
+        x = x.reshape(-1, x.shape[-1])
         for size in self.sizes:
             layer = nn.Dense(size, kernel_init=nn.initializers.orthogonal(self.gain))
             x = self.activation(layer(x))
@@ -569,32 +564,29 @@ class Layers(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy that the agents share; each acts on its own observation alone."""
+    """Policy that the agents share; each acts on its own observation alone.
+
+    Logits (..., N, A) of an observation, float32's smallest value for illegal actions.
+    """
 
     layer_sizes: tuple[int, ...]
 
     @nn.compact
     def __call__(self, observation: Observation) -> Array:
-        """Logits (..., N, A) of an observation, float32's smallest value for illegal actions."""
-        # One matrix product over all rows is 2.6 times as fast as one with several batch axes.
-        x = observation.agents_view.reshape(-1, observation.agents_view.shape[-1])
-        x = Layers(self.layer_sizes, math.sqrt(2), name="torso")(x)
-        num_actions = observation.action_mask.shape[-1]
-        logits = Layers((num_actions,), 0.01, lambda x: x, name="action_head")(x)
-        logits = logits.reshape(observation.action_mask.shape)
-        return jnp.where(observation.action_mask, logits, jnp.finfo(jnp.float32).min)
+        mask = observation.action_mask
+        x = Layers(self.layer_sizes, name="torso")(observation.agents_view)
+        logits = Layers(mask.shape[-1:], 0.01, lambda x: x, name="action_head")(x)
+        return jnp.where(mask, logits.reshape(mask.shape), jnp.finfo(jnp.float32).min)
 
 
 class Critic(nn.Module):
-    """Value of each agent's own observation."""
+    """Values (..., N) of each agent's own observation."""
 
     layer_sizes: tuple[int, ...]
 
     @nn.compact
     def __call__(self, observation: Observation) -> Array:
-        """Values (..., N) of an observation."""
-        x = observation.agents_view.reshape(-1, observation.agents_view.shape[-1])
-        x = Layers(self.layer_sizes, math.sqrt(2), name="torso")(x)
+        x = Layers(self.layer_sizes, name="torso")(observation.agents_view)
         value = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x)
         return value.reshape(observation.agents_view.shape[:-1])
 
@@ -647,39 +639,33 @@ class Transition(NamedTuple):
     value: Array | None = None  # (..., N) float32, of the observation
 
 
-class RolloutState(NamedTuple):
-    """Where a rollout left off, on one device: B = UB * NE environments."""
-
-    keys: PRNGKey  # (UB, 2) uint32
-    env_state: EnvState  # (B, ...)
-    observation: Observation  # (B, N, .), what the next action is chosen on
-
-
 def rollout(
-    env: Environment, actor: TrainState, state: RolloutState, rollout_length: int
-) -> tuple[RolloutState, Transition]:
+    env: Environment, actor: TrainState, keys: PRNGKey, env_state: EnvState, rollout_length: int
+) -> tuple[tuple[PRNGKey, EnvState], Transition]:
     """Act with the policy for T = `rollout_length` timesteps, as Anakin does (Hessel et al., 2021).
 
-    Returns where it left off, and the transitions, (T, B, ...).
+    `keys` are (UB, 2) uint32, `env_state` is of B = UB * NE environments.  Returns both as they are
+    then, and the transitions, (T, B, ...).
     """
-    step_environments = jax.vmap(functools.partial(step_environment, env))
 
-    def step(state, _):
-        keys, policy_keys = jax.vmap(jax.random.split, out_axes=1)(state.keys)
-        action = act(actor, state.observation, policy_keys)
-        env_state, timestep, metrics = step_environments(state.env_state, action)
+    def step(carry, _):
+        keys, env_state = carry
+        keys, policy_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        observation = env_state.observation
+        action = act(actor, observation, policy_keys)
+        env_state, timestep = jax.vmap(functools.partial(step_environment, env))(env_state, action)
         transition = Transition(
             done=jnp.broadcast_to(timestep.last()[:, None], action.shape),
             action=action,
             reward=timestep.reward,
             discount=timestep.discount,
-            observation=state.observation,
-            next_observation=timestep.extras["next_observation"],
-            metrics=metrics,
+            observation=observation,
+            next_observation=timestep.observation,
+            metrics=env_state.metrics,
         )
-        return RolloutState(keys, env_state, timestep.observation), transition
+        return (keys, env_state), transition
 
-    return jax.lax.scan(step, state, None, rollout_length)
+    return jax.lax.scan(step, (keys, env_state), None, rollout_length)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -758,18 +744,24 @@ def critic_loss(
 # LEARNER
 # ------------------------------------------------------------------------------------------------
 
+REPLICATED, SHARDED = PartitionSpec(), PartitionSpec("device")
+
 
 def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
     """How arrays lie on the devices: the same on each, or spread along their first axis."""
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("device"))
+    return NamedSharding(mesh, REPLICATED), NamedSharding(mesh, SHARDED)
 
 
 class LearnerState(NamedTuple):
-    """Everything that training carries from one update to the next."""
+    """Everything that training carries from one update to the next, here on one device.
+
+    Outside `learn`, the first axis of the keys and of the environments is D times as long.
+    """
 
     actor: TrainState  # the same on every device
     critic: TrainState  # the same on every device
-    rollout: RolloutState  # of each device; outside `learn`, every leaf has a leading axis D
+    keys: PRNGKey  # (UB, 2) uint32
+    env_state: EnvState  # (UB * NE, ...)
 
 
 def init_learner(
@@ -779,23 +771,21 @@ def init_learner(
 
     `key` is for the environments and the actions, `params_key` for both networks.
     """
-    num_devices, update_batch_size = mesh.size, config.system.update_batch_size
-    observation = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), observation_shape(env))
+    num_sets = mesh.size * config.system.update_batch_size
+    observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation_shape(env))
 
     def init(key, params_key):
         actor, critic = init_networks(config, observation, params_key)
-        keys = jax.random.split(key, num_devices * update_batch_size * config.arch.num_envs + 1)
-        policy_keys = jax.random.split(keys[0], num_devices * update_batch_size + 1)[1:]
-        env_state, timestep = jax.vmap(functools.partial(reset_environment, env))(keys[1:])
-        state = RolloutState(policy_keys, env_state, timestep.observation)
+        keys = jax.random.split(key, num_sets * config.arch.num_envs + 1)
+        policy_keys = jax.random.split(keys[0], num_sets + 1)[1:]
+        env_state = reset_environments(env, jax.vmap(jax.random.split)(keys[1:])[:, 1])
         # With a dtype of their own also where an environment puts Python's numbers into its state.
-        split = lambda x: jnp.asarray(x, x.dtype).reshape(num_devices, -1, *x.shape[1:])
-        state = jax.tree.map(split, state)
-        return LearnerState(actor, critic, state)
+        env_state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), env_state)
+        return LearnerState(actor, critic, policy_keys, env_state)
 
     # Placed as `learn` places its outputs: otherwise its second call would compile it again.
     replicated, sharded = shardings(mesh)
-    state_shardings = LearnerState(replicated, replicated, sharded)
+    state_shardings = LearnerState(replicated, replicated, sharded, sharded)
     return jax.jit(init, out_shardings=state_shardings)(key, params_key)
 
 
@@ -843,10 +833,10 @@ def update(
 
     Returns the new state; the transitions, (T, UB * NE, ...), and the mean losses, each () float32.
     """
-    actor, critic, rollout_state = state
+    actor, critic, keys, env_state = state
 
     # ROLLOUT
-    rollout_state, transitions = rollout(env, actor, rollout_state, config.rollout_length)
+    (keys, env_state), transitions = rollout(env, actor, keys, env_state, config.rollout_length)
 
     # ADVANTAGE.  Choosing an action needs neither its value nor its log-probability: here they are
     # computed for the whole rollout at once.
@@ -855,23 +845,21 @@ def update(
     value = critic.apply_fn(critic.params, transitions.observation)
     transitions = transitions._replace(log_prob=log_prob, value=value)
     if not config.learn:
-        return LearnerState(actor, critic, rollout_state), (transitions, {})
-    last_value = critic.apply_fn(critic.params, rollout_state.observation)
+        return LearnerState(actor, critic, keys, env_state), (transitions, {})
+    last_value = critic.apply_fn(critic.params, env_state.observation)
     advantage, target = calculate_advantage(
         transitions.reward, transitions.done, value, last_value, config.gamma, config.gae_lambda
     )
 
     # MINIBATCHES: each of the UB sets shuffles its own transitions, counted in the order of (T, NE)
-    update_batch_size = config.update_batch_size
-    num_envs = advantage.shape[1] // update_batch_size
-    num_transitions = config.rollout_length * num_envs
-    keys, permutation = shuffle(rollout_state.keys, config.ppo_epochs, num_transitions)
-    timestep, env_index = permutation // num_envs, permutation % num_envs  # (epochs, UB, T * NE)
-    set_index = jnp.arange(update_batch_size)[:, None]
-    indices = (timestep * update_batch_size + set_index) * num_envs + env_index  # in (T, UB, NE)
-    indices = indices.reshape(config.ppo_epochs, update_batch_size, config.num_minibatches, -1)
-    # (epochs, UB, minibatches, M) -> (epochs * minibatches, UB, M)
-    indices = indices.swapaxes(1, 2).reshape(-1, update_batch_size, indices.shape[-1])
+    num_sets, num_envs = config.update_batch_size, advantage.shape[1] // config.update_batch_size
+    keys, permutation = shuffle(keys, config.ppo_epochs, config.rollout_length * num_envs)
+    timestep, env_index = jnp.divmod(permutation, num_envs)  # (epochs, UB, T * NE)
+    set_index = jnp.arange(num_sets)[:, None]
+    indices = (timestep * num_sets + set_index) * num_envs + env_index  # in (T, UB, NE)
+    # (epochs, UB, minibatches * M) -> (epochs * minibatches, UB, M)
+    indices = indices.reshape(config.ppo_epochs, num_sets, config.num_minibatches, -1)
+    indices = indices.swapaxes(1, 2).reshape(-1, num_sets, indices.shape[-1])
     # (T, UB * NE, ...) -> (T * UB * NE, ...)
     flatten = lambda x: x.reshape(-1, *x.shape[2:])
     batch = jax.tree.map(flatten, (transitions, advantage, target))
@@ -882,8 +870,8 @@ def update(
         return (actor, critic), losses
 
     (actor, critic), losses = jax.lax.scan(step, (actor, critic), indices)
-    state = LearnerState(actor, critic, rollout_state._replace(keys=keys))
-    return state, (transitions, jax.tree.map(jnp.mean, losses))
+    losses = jax.tree.map(jnp.mean, losses)
+    return LearnerState(actor, critic, keys, env_state), (transitions, losses)
 
 
 class LearnerOutput(NamedTuple):
@@ -904,28 +892,24 @@ def make_learn(
     `record` returns what to keep of transitions as experience, a dictionary.
     """
 
-    def split_sets(x):  # (T, UB * NE, ...) -> (UB, T, NE, ...)
-        return x.reshape(x.shape[0], config.update_batch_size, -1, *x.shape[2:]).swapaxes(0, 1)
+    # (T, UB * NE, ...) -> (T, UB, NE, ...) -> (UB, T, NE, ...)
+    split = lambda x: x.reshape(len(x), config.update_batch_size, -1, *x.shape[2:]).swapaxes(0, 1)
 
     def step(state, _):
         state, (transitions, losses) = update(state, env, config)
         checked = jax.tree.leaves((losses, state.actor.params, state.critic.params))
         finite = jnp.array([jnp.isfinite(x).all() for x in checked]).all()
-        outputs = jax.tree.map(split_sets, (record(transitions), transitions.metrics))
+        outputs = jax.tree.map(split, (record(transitions), transitions.metrics))
         return state, (*outputs, losses, finite)
 
     def learn(state):
-        # The leading axis D is 1 here: this device's part.
-        state = state._replace(rollout=jax.tree.map(lambda x: x[0], state.rollout))
         state, (experience, metrics, *rest) = jax.lax.scan(step, state, None, num_updates)
-        parts = (state.rollout, experience, metrics)
-        rollout_state, experience, metrics = jax.tree.map(lambda x: x[None], parts)
-        return LearnerOutput(state._replace(rollout=rollout_state), experience, metrics, *rest)
+        experience, metrics = jax.tree.map(lambda x: x[None], (experience, metrics))  # D is 1 here
+        return LearnerOutput(state, experience, metrics, *rest)
 
-    replicated, sharded = PartitionSpec(), PartitionSpec("device")
-    state_spec = LearnerState(replicated, replicated, sharded)
-    output_spec = LearnerOutput(state_spec, sharded, sharded, replicated, replicated)
-    specs = {"in_specs": (state_spec,), "out_specs": output_spec}
+    state_specs = LearnerState(REPLICATED, REPLICATED, SHARDED, SHARDED)
+    output_specs = LearnerOutput(state_specs, SHARDED, SHARDED, REPLICATED, REPLICATED)
+    specs = {"in_specs": (state_specs,), "out_specs": output_specs}
     return jax.jit(jax.shard_map(learn, mesh=mesh, check_vma=False, **specs))
 
 
@@ -944,7 +928,7 @@ def evaluate(
     """
 
     def step(carry):
-        key, state, observation, metrics = carry
+        key, (state, observation, metrics) = carry
         key, policy_key = jax.random.split(key)
         action = act(actor, observation, policy_key[None], greedy)
         state, timestep = jax.vmap(env.step)(state, action)
@@ -955,14 +939,12 @@ def evaluate(
             metrics.episode_length + jnp.where(metrics.done, 0, 1),
             metrics.done | timestep.last(),
         )
-        return key, state, timestep.observation, metrics
+        return key, EnvState(state, timestep.observation, metrics)
 
     key, reset_key = jax.random.split(key)
-    state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
-    zeros = functools.partial(jnp.zeros, num_episodes)
-    metrics = EpisodeMetrics(zeros(jnp.float32), zeros(jnp.int32), zeros(bool))
-    carry = (key, state, timestep.observation, metrics)
-    return jax.lax.while_loop(lambda carry: ~carry[-1].done.all(), step, carry)[-1]
+    env_state = reset_environments(env, jax.random.split(reset_key, num_episodes))
+    going_on = lambda carry: ~carry[1].metrics.done.all()
+    return jax.lax.while_loop(going_on, step, (key, env_state))[1].metrics
 
 
 class Evaluation(NamedTuple):
@@ -982,13 +964,10 @@ def make_evaluate(
     env: Environment, num_episodes: int, greedy: bool, mesh: Mesh
 ) -> Callable[[TrainState, PRNGKey], EpisodeMetrics]:
     """`evaluate` of an actor with the keys (D, 2), its episodes spread over the devices."""
-
-    def evaluate_on_device(actor, keys):
-        return evaluate(env, actor, keys[0], num_episodes // mesh.size, greedy)
-
-    replicated, sharded = PartitionSpec(), PartitionSpec("device")
-    specs = {"in_specs": (replicated, sharded), "out_specs": sharded}
-    return jax.jit(jax.shard_map(evaluate_on_device, mesh=mesh, check_vma=False, **specs))
+    num_episodes //= mesh.size
+    evaluate_part = lambda actor, keys: evaluate(env, actor, keys[0], num_episodes, greedy)
+    specs = {"in_specs": (REPLICATED, SHARDED), "out_specs": SHARDED}
+    return jax.jit(jax.shard_map(evaluate_part, mesh=mesh, check_vma=False, **specs))
 
 
 # ------------------------------------------------------------------------------------------------
