@@ -359,10 +359,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(config: EnvConfig, env: Environment | None = None) -> Task:
-    """The task that `config` names or an environment of one's own is: see the README.
-
-    A `ConfigError` says that there is none of that name, or what the environment lacks.
-    """
+    """The task, by name or of an environment of one's own; a `ConfigError` says what it lacks."""
     if env is None:
         name, names = config.scenario, ", ".join(TASKS)
         require(name in TASKS, f"env.scenario {name!r} is unknown: choose one of {names}")
@@ -520,7 +517,6 @@ class Warehouse(RobotWarehouse):
     """
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
-        """See `Environment.step`."""
         state, timestep = super().step(state, action)
         truncated = state.step_count >= self.time_limit
         return state, timestep.replace(discount=jnp.where(truncated, 1.0, timestep.discount))
@@ -535,8 +531,7 @@ class Warehouse(RobotWarehouse):
 class Foraging(LevelBasedForaging):
     """Jumanji's LevelBasedForaging, whose reward is the team's, summed over the agents."""
 
-    def get_reward(self, *food: Any) -> Array:
-        """The reward of each agent, (N,) float32."""
+    def get_reward(self, *food: Any) -> Array:  # (N,) float32
         reward = super().get_reward(*food)
         return jnp.broadcast_to(reward.sum(), reward.shape)
 
@@ -564,10 +559,7 @@ class Layers(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy that the agents share; each acts on its own observation alone.
-
-    Logits (..., N, A) of an observation, float32's smallest value for illegal actions.
-    """
+    """Logits (..., N, A) of the agents' shared policy, float32's smallest for illegal actions."""
 
     layer_sizes: tuple[int, ...]
 
@@ -612,13 +604,9 @@ def init_networks(
 
 
 def act(actor: TrainState, observation: Observation, keys: PRNGKey, greedy: bool = False) -> Array:
-    """The joint actions (B, N) int32 on the observations (B, N, .) of B environments.
-
-    Each of the K `keys`, (K, 2), samples those of the next B / K environments; `greedy` takes the
-    most probable actions.
-    """
+    """Actions (B, N) int32, sampled by K `keys` (K, 2), each for the next B / K environments."""
     logits = actor.apply_fn(actor.params, observation)
-    if greedy:
+    if greedy:  # the most probable actions
         return distrax.Categorical(logits).mode()
     sample = jax.vmap(lambda key, logits: distrax.Categorical(logits).sample(seed=key))
     action = sample(keys, logits.reshape(len(keys), -1, *logits.shape[1:]))
@@ -644,8 +632,7 @@ def rollout(
 ) -> tuple[tuple[PRNGKey, EnvState], Transition]:
     """Act with the policy for T = `rollout_length` timesteps, as Anakin does (Hessel et al., 2021).
 
-    `keys` are (UB, 2) uint32, `env_state` is of B = UB * NE environments.  Returns both as they are
-    then, and the transitions, (T, B, ...).
+    Returns the new keys (UB, 2) and states (UB * NE, ...), and transitions (T, UB * NE, ...).
     """
 
     def step(carry, _):
@@ -767,10 +754,7 @@ class LearnerState(NamedTuple):
 def init_learner(
     key: PRNGKey, params_key: PRNGKey, env: Environment, config: Config, mesh: Mesh
 ) -> LearnerState:
-    """Initial parameters, optimiser states, environments and keys, spread over the mesh's devices.
-
-    `key` is for the environments and the actions, `params_key` for both networks.
-    """
+    """The initial state on the mesh's devices: both networks by `params_key`, the rest by `key`."""
     num_sets = mesh.size * config.system.update_batch_size
     observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation_shape(env))
 
@@ -891,7 +875,6 @@ def make_learn(
 
     `record` returns what to keep of transitions as experience, a dictionary.
     """
-
     # (T, UB * NE, ...) -> (T, UB, NE, ...) -> (UB, T, NE, ...)
     split = lambda x: x.reshape(len(x), config.update_batch_size, -1, *x.shape[2:]).swapaxes(0, 1)
 
