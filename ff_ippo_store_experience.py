@@ -104,148 +104,107 @@ def bounded(words: str, holds: Callable[[Any], bool]) -> tuple[Bound, Any]:
     return Bound(words, holds), hint
 
 
-COUNT = bounded("at least 1", lambda value: value >= 1)
-POSITIVE = bounded("above 0", lambda value: value > 0)
-NOT_NEGATIVE = bounded("at least 0", lambda value: value >= 0)
-FRACTION = bounded("from 0 to 1", lambda value: 0 <= value <= 1)
-SEED = bounded("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
-LAYERS = bounded("layers of at least 1 unit", lambda sizes: all(size >= 1 for size in sizes))
+AT_LEAST_1 = bounded("at least 1", lambda value: value >= 1)
+Count, OptionalCount = Annotated[int, *AT_LEAST_1], Annotated[int | None, *AT_LEAST_1]
+Seed = Annotated[int, *bounded("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)]
+Positive = Annotated[float, *bounded("above 0", lambda value: value > 0)]
+NotNegative = Annotated[float, *bounded("at least 0", lambda value: value >= 0)]
+Fraction = Annotated[float, *bounded("from 0 to 1", lambda value: 0 <= value <= 1)]
+UNITS = bounded("layers of at least 1 unit", lambda sizes: all(size >= 1 for size in sizes))
+LayerSizes = Annotated[tuple[int, ...], *UNITS]
 
 
 @dataclass(frozen=True)
 class SystemConfig:
     """Independent PPO, with Mava's defaults."""
 
-    total_timesteps: Annotated[int | None, *COUNT] = None
-    """Environment steps in all. If set, it decides num_updates."""
-    num_updates: Annotated[int, *COUNT] = 1000
-    """PPO updates in all. A multiple of arch.num_evaluation."""
-    seed: Annotated[int, *SEED] = 42
-    """Seed of every random number."""
-    learn: bool = True
-    """Update the policy. Without, it is recorded as it is."""
-    add_agent_id: bool = True
-    """Put a one-hot of the agent's index in front of its observation."""
-    actor_lr: Annotated[float, *POSITIVE] = 2.5e-4
-    """Adam's learning rate for the actor."""
-    critic_lr: Annotated[float, *POSITIVE] = 2.5e-4
-    """Adam's learning rate for the critic."""
-    update_batch_size: Annotated[int, *COUNT] = 2
-    """Sets of environments on each device whose gradients are averaged (UB)."""
-    rollout_length: Annotated[int, *COUNT] = 128
-    """Timesteps of each environment between updates (T)."""
-    ppo_epochs: Annotated[int, *COUNT] = 4
-    """Passes over the transitions of a rollout."""
-    num_minibatches: Annotated[int, *COUNT] = 2
-    """Minibatches in each pass. A divisor of rollout_length * arch.num_envs."""
-    gamma: Annotated[float, *FRACTION] = 0.99
-    """Discount per timestep."""
-    gae_lambda: Annotated[float, *FRACTION] = 0.95
-    """Lambda of the generalised advantage estimate."""
-    clip_eps: Annotated[float, *POSITIVE] = 0.2
-    """Clip range of the probability ratio and of the value."""
-    ent_coef: Annotated[float, *NOT_NEGATIVE] = 0.01
-    """Entropy coefficient."""
-    vf_coef: Annotated[float, *NOT_NEGATIVE] = 0.5
-    """Value loss coefficient."""
-    max_grad_norm: Annotated[float, *POSITIVE] = 0.5
-    """Global norm to which gradients are clipped."""
+    total_timesteps: OptionalCount = None  # environment steps in all; if set, decides num_updates
+    num_updates: Count = 1000  # PPO updates in all, a multiple of arch.num_evaluation
+    seed: Seed = 42  # seed of every random number
+    learn: bool = True  # update the policy; without, it is recorded as it is
+    add_agent_id: bool = True  # put a one-hot of the agent's index in front of its observation
+    actor_lr: Positive = 2.5e-4  # Adam's learning rate for the actor
+    critic_lr: Positive = 2.5e-4  # Adam's learning rate for the critic
+    update_batch_size: Count = 2  # environment sets per device; their gradients are averaged (UB)
+    rollout_length: Count = 128  # timesteps of each environment between updates (T)
+    ppo_epochs: Count = 4  # passes over the transitions of a rollout
+    num_minibatches: Count = 2  # minibatches in each pass, dividing rollout_length * arch.num_envs
+    gamma: Fraction = 0.99  # discount per timestep
+    gae_lambda: Fraction = 0.95  # lambda of the generalised advantage estimate
+    clip_eps: Positive = 0.2  # clip range of the probability ratio and of the value
+    ent_coef: NotNegative = 0.01  # entropy coefficient
+    vf_coef: NotNegative = 0.5  # value loss coefficient
+    max_grad_norm: Positive = 0.5  # global norm to which gradients are clipped
 
 
 @dataclass(frozen=True)
 class ArchConfig:
     """Anakin: how much runs side by side, and how often it is evaluated."""
 
-    num_envs: Annotated[int, *COUNT] = 16
-    """Environments in each of the system.update_batch_size sets (NE)."""
-    num_evaluation: Annotated[int, *COUNT] = 200
-    """Evaluations, evenly spaced over training (E)."""
-    num_eval_episodes: Annotated[int, *COUNT] = 32
-    """Episodes in each evaluation. A multiple of the number of devices."""
-    num_absolute_metric_eval_episodes: Annotated[int, *COUNT] = 320
-    """Episodes for the absolute metric."""
-    absolute_metric: bool = True
-    """Evaluate the best parameters once more at the end."""
-    evaluation_greedy: bool = False
-    """Evaluate the most probable action instead of a sampled one."""
-    distributed: bool = False
-    """Run as one of several processes, which find each other by jax.distributed.initialize."""
-    coordinator_address: str | None = None
-    """Address of process 0, such as 10.0.0.1:1234, where the cluster does not say."""
-    num_processes: Annotated[int | None, *COUNT] = None
-    """Processes in all, where the cluster does not say."""
-    process_id: Annotated[int | None, *NOT_NEGATIVE] = None
-    """Which of them this one is, from 0, where the cluster does not say."""
+    num_envs: Count = 16  # environments in each of the system.update_batch_size sets (NE)
+    num_evaluation: Count = 200  # evaluations, evenly spaced over training (E)
+    num_eval_episodes: Count = 32  # episodes per evaluation, a multiple of the number of devices
+    num_absolute_metric_eval_episodes: Count = 320  # episodes for the absolute metric
+    absolute_metric: bool = True  # evaluate the best parameters once more at the end
+    evaluation_greedy: bool = False  # evaluate the most probable action instead of a sampled one
+    distributed: bool = False  # be one of several processes, each with devices of its own
+    coordinator_address: str | None = None  # of process 0, host:port, if the cluster does not say
+    num_processes: OptionalCount = None  # processes in all, if the cluster does not say
+    process_id: int | None = None  # which of them this is, from 0, if the cluster does not say
 
 
 @dataclass(frozen=True)
 class EnvConfig:
     """The task."""
 
+    # one of TASKS, such as small-4ag (RobotWarehouse) or 15x15-3p-5f (LevelBasedForaging)
     scenario: str = "tiny-2ag"
-    """One of TASKS, such as small-4ag (RobotWarehouse) or 15x15-3p-5f (LevelBasedForaging)."""
-    time_limit: Annotated[int | None, *COUNT] = None
-    """Timesteps after which an episode is cut off; by default the task's own, 500 or 100."""
+    time_limit: OptionalCount = None  # timesteps until an episode is cut off; by default 500 or 100
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
     """Torsos of the actor and the critic."""
 
-    actor_layer_sizes: Annotated[tuple[int, ...], *LAYERS] = (128, 128)
-    """Units of each ReLU layer of the actor."""
-    critic_layer_sizes: Annotated[tuple[int, ...], *LAYERS] = (128, 128)
-    """Units of each ReLU layer of the critic."""
+    actor_layer_sizes: LayerSizes = (128, 128)  # units of each ReLU layer of the actor
+    critic_layer_sizes: LayerSizes = (128, 128)  # units of each ReLU layer of the critic
 
 
 @dataclass(frozen=True)
 class VaultConfig:
     """Where and how the experience is recorded: REL_DIR/NAME/UID."""
 
-    save: bool = True
-    """Record the experience."""
-    name: str = "ff_ippo_rware"
-    """Name of the vault; ff_ippo_lbf, say, by default for another family of tasks."""
-    uid: str | None = None
-    """Identifier of this recording; by default the date, the time and a random number."""
-    rel_dir: str = "vaults"
-    """Folder of all vaults, from the working directory."""
-    save_interval: Annotated[int, *COUNT] = 5
-    """Evaluations between writes to disk."""
-    max_length: Annotated[int | None, *COUNT] = None
-    """Transitions that the buffer holds, in whole evaluations; by default save_interval of them."""
+    save: bool = True  # record the experience
+    name: str = "ff_ippo_rware"  # name of the vault; for another family of tasks ff_ippo_lbf, say
+    uid: str | None = None  # identifier of this recording; by default date, time, random number
+    rel_dir: str = "vaults"  # folder of all vaults, from the working directory
+    save_interval: Count = 5  # evaluations between writes to disk
+    # transitions that the buffer holds, in whole evaluations; by default save_interval of them
+    max_length: OptionalCount = None
+    # compression as Flashbax takes it, such as id gzip level 5; by default zstd at level 1
     compression: dict[str, int | str] | None = None
-    """Compression as Flashbax takes it, such as id gzip level 5; by default zstd at level 1."""
+    # recorded too: any of next_observation, log_prob, value, discount, step_count, truncation
     extra_leaves: tuple[str, ...] = ()
-    """Recorded too: any of next_observation, log_prob, value, discount, step_count, truncation."""
-    og_marl: bool = False
-    """Also export the recording in OG-MARL's layout, to REL_DIR/NAME_UID/rware."""
+    og_marl: bool = False  # also export the vault in OG-MARL's layout, to REL_DIR/NAME_UID/rware
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """What a run needs to go on: REL_DIR/NAME/UID, with the vault's name and uid."""
 
-    save: bool = True
-    """Save a checkpoint after each write to the vault; the newest two are kept."""
-    resume: bool = False
-    """Go on from the last checkpoint of vault.uid, to as many updates and evaluations or more."""
-    rel_dir: str = "checkpoints"
-    """Folder of all checkpoints, from the working directory."""
-    load_params: str | None = None
-    """Begin with the best parameters of an earlier run: its folder, checkpoints/NAME/UID."""
+    save: bool = True  # save a checkpoint after each write to the vault; the newest two are kept
+    resume: bool = False  # go on from the last checkpoint of vault.uid, to as many updates or more
+    rel_dir: str = "checkpoints"  # folder of all checkpoints, from the working directory
+    load_params: str | None = None  # begin with the best parameters of a run, checkpoints/NAME/UID
 
 
 @dataclass(frozen=True)
 class ResultsConfig:
     """Metrics and pictures of the run: REL_DIR/NAME/UID, with the vault's name and uid."""
 
-    save: bool = True
-    """Save the metrics and, at the end, pictures of them and of the vault."""
-    rel_dir: str = "results"
-    """Folder of all results, from the working directory."""
-    animation: bool = False
-    """Save an animation too, of one episode of the best parameters."""
+    save: bool = True  # save the metrics and, at the end, pictures of them and of the vault
+    rel_dir: str = "results"  # folder of all results, from the working directory
+    animation: bool = False  # save an animation too, of one episode of the best parameters
 
 
 @dataclass(frozen=True)
@@ -284,15 +243,14 @@ def run_path(rel_dir: str, config: VaultConfig) -> Path:
 
 def check_config(config: Config, num_devices: int, env: "Environment | None" = None) -> Config:
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
-    system, arch, vault = config.system, config.arch, config.vault
-    for group in dataclasses.fields(config):
-        settings = getattr(config, group.name)
+    for group, settings in vars(config).items():
         for name, hint in get_type_hints(type(settings), include_extras=True).items():
             value = getattr(settings, name)
             for bound in getattr(hint, "__metadata__", ()):
                 if isinstance(bound, Bound) and not (value is None or bound.holds(value)):
-                    raise ConfigError(f"{group.name}.{name} is {value}: it must be {bound.words}")
+                    raise ConfigError(f"{group}.{name} is {value}: it must be {bound.words}")
 
+    system, arch, vault, checkpoint = config.system, config.arch, config.vault, config.checkpoint
     transitions = system.rollout_length * arch.num_envs
     problem = f"arch.num_envs is {arch.num_envs}: a rollout has too many transitions for 32 bits"
     require(system.update_batch_size * transitions < 2**31, problem)
@@ -317,13 +275,13 @@ def check_config(config: Config, num_devices: int, env: "Environment | None" = N
         tensorstore.Spec({"driver": "zarr", "metadata": {"compressor": vault.compression}})
     except ValueError as error:
         raise ConfigError(f"vault.compression {vault.compression} is unknown") from error
-    problem = "arch.distributed needs jax.distributed.initialize, before this file is imported"
-    require(not arch.distributed or jax.distributed.is_initialized(), problem)
-    resume = config.checkpoint.resume
-    problem = "checkpoint.resume needs vault.uid, the run that is to go on"
-    require(bool(vault.uid) or not resume, problem)
-    problem = "checkpoint.resume needs checkpoint.save: only a run that saved any can go on"
-    require(config.checkpoint.save or not resume, problem)
+    if arch.distributed:
+        problem = "arch.distributed needs jax.distributed.initialize before this file is imported"
+        require(jax.distributed.is_initialized(), problem)
+    if checkpoint.resume:
+        require(bool(vault.uid), "checkpoint.resume needs vault.uid, the run that is to go on")
+        problem = "checkpoint.resume needs checkpoint.save: only a run that saved any can go on"
+        require(checkpoint.save, problem)
 
     task = find_task(config.env, env)
     name = f"ff_ippo_{task.folder}" if vault.name == VaultConfig.name else vault.name
@@ -335,16 +293,18 @@ def check_config(config: Config, num_devices: int, env: "Environment | None" = N
     config = dataclasses.replace(config, system=system, env=env_config, vault=vault)
 
     paths: list[Path] = []
-    for group in ("vault", "checkpoint", "results"):
-        rel_dir = getattr(config, group).rel_dir
-        if getattr(config, group).save and (group == "vault" or jax.process_index() == 0):
-            path = run_path(rel_dir, part_of(vault) if group == "vault" else vault)
-            require(path not in paths, f"{group}.rel_dir {rel_dir!r} is taken: choose another")
+    for group, settings in vars(config).items():
+        is_vault = group == "vault"
+        if getattr(settings, "save", False) and (is_vault or jax.process_index() == 0):
+            path = run_path(settings.rel_dir, part_of(vault) if is_vault else vault)
+            folder = f"{group}.rel_dir {settings.rel_dir!r}"
+            require(path not in paths, f"{folder} is taken: choose another")
             problem = f"vault.uid {uid!r} exists already, at {path}: choose another"
-            require(resume or not path.exists(), f"{problem}, or go on by checkpoint.resume")
+            free = checkpoint.resume or not path.exists()
+            require(free, f"{problem}, or go on by checkpoint.resume")
             parent = next(parent for parent in path.parents if parent.exists())
             writable = parent.is_dir() and os.access(parent, os.W_OK)
-            require(writable, f"{group}.rel_dir {rel_dir!r} cannot be written: choose another")
+            require(writable, f"{folder} cannot be written: choose another")
             paths.append(path)
     if vault.save and vault.og_marl:
         export = og_marl_path(vault, task.folder, task.scenario)
@@ -389,11 +349,6 @@ with mock.patch.object(builtins, "__IPYTHON__", False, create=True):
 def gather(tree: ArrayTree) -> ArrayTree:
     """Arrays that are spread over all devices, as NumPy's; all processes must call it."""
     return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def own_part(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
-    """What lies on the devices of this process, of arrays whose first axis is spread over all."""
-    return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec("device"))
 
 
 def broadcast(value: Any) -> Any:
@@ -461,14 +416,10 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(config: EnvConfig, env: Environment | None = None) -> Task:
-    """The task that `config` names, or that an environment of one's own is: see the README.
-
-    A `ConfigError` says that there is none of that name, or what the environment lacks.
-    """
+    """The task, by name or of an environment of one's own; a `ConfigError` says what it lacks."""
     if env is None:
-        name = config.scenario
-        known = f"env.scenario {name!r} is unknown: choose one of {', '.join(TASKS)}"
-        require(name in TASKS, known)
+        name, names = config.scenario, ", ".join(TASKS)
+        require(name in TASKS, f"env.scenario {name!r} is unknown: choose one of {names}")
         return TASKS[name]._replace(scenario=name)
     name = type(env).__name__
     require(not isinstance(env, type), f"{env} is a class: give an instance of it")
@@ -482,8 +433,8 @@ def find_task(config: EnvConfig, env: Environment | None = None) -> Task:
     require(has_actions, f"{name} has no action_mask (N, A) in its observation, nor an action_spec")
     _, timestep = jax.eval_shape(env.step, state, jnp.zeros(len(view), jnp.int32))
     shapes = {timestep.reward.shape, timestep.discount.shape}
-    fit = shapes <= {(), (len(view),)}
-    require(fit, f"reward and discount of {name} must be of shape () or (N,): they are {shapes}")
+    problem = f"reward and discount of {name} must be of shape () or (N,): they are {shapes}"
+    require(shapes <= {(), (len(view),)}, problem)
     limit = f"env.time_limit is {config.time_limit}, but that of {name} {env.time_limit}"
     require(config.time_limit in (None, env.time_limit), limit)
     scenario = name if config.scenario in TASKS else config.scenario
@@ -506,36 +457,32 @@ class Observation(NamedTuple):
 
 
 class AgentWrapper(Wrapper):
-    """Gives every agent its own observation, reward and discount, as Mava's systems expect them."""
+    """Gives each agent its `Observation` (N, .), reward and discount (N,) float32, as in Mava."""
 
     def __init__(self, env: Environment, add_agent_id: bool):
         self._env, self.add_agent_id = env, add_agent_id
-        # For where there is no mask; read here, as within a traced function it would be traced too.
-        num_values = getattr(getattr(env, "action_spec", None), "num_values", 0)
-        self.num_actions = int(np.asarray(num_values).max())
 
     def reset(self, key: PRNGKey) -> tuple[State, TimeStep]:
-        """See `Environment.reset`; the timestep is that of `step`."""
         return self._per_agent(*self._env.reset(key))
 
-    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
-        """Take the joint action (N,) int32: `Observation` (N, .), reward, discount (N,) float32."""
+    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:  # (N,) int32
         return self._per_agent(*self._env.step(state, action))
 
     def _per_agent(self, state: State, timestep: TimeStep) -> tuple[State, TimeStep]:
-        agents_view = timestep.observation.agents_view.astype(jnp.float32)
-        num_agents = agents_view.shape[0]
+        view = timestep.observation.agents_view.astype(jnp.float32)
         if self.add_agent_id:
-            agents_view = jnp.concatenate([jnp.eye(num_agents), agents_view], axis=1)
-        action_mask = getattr(timestep.observation, "action_mask", None)
-        if action_mask is None:  # all actions are legal
-            action_mask = jnp.ones((num_agents, self.num_actions))
+            view = jnp.concatenate([jnp.eye(len(view)), view], axis=1)
+        mask = getattr(timestep.observation, "action_mask", None)
+        if mask is None:  # all actions are legal
+            with jax.ensure_compile_time_eval():  # the specification would be traced, too
+                num_actions = int(np.max(self._env.action_spec.num_values))
+            mask = jnp.ones((len(view), num_actions))
+        # What the team has in common is that of each agent.
+        spread = lambda x: jnp.broadcast_to(x, len(view)).astype(jnp.float32)
+        reward, discount = spread(timestep.reward), spread(timestep.discount)
+        observation = Observation(view, mask.astype(bool))
         return state, timestep.replace(
-            observation=Observation(agents_view, action_mask.astype(bool)),
-            # What the team has in common is that of each agent.
-            reward=jnp.broadcast_to(timestep.reward, num_agents).astype(jnp.float32),
-            discount=jnp.broadcast_to(timestep.discount, num_agents).astype(jnp.float32),
-            extras={},
+            observation=observation, reward=reward, discount=discount, extras={}
         )
 
 
@@ -544,51 +491,49 @@ def observation_shape(env: Environment) -> Observation:
     return jax.eval_shape(env.reset, jax.random.PRNGKey(0))[1].observation
 
 
-class EnvState(NamedTuple):
-    """State of environments, and of the episodes under way in them."""
-
-    state: State  # Jumanji's, tree of (...)
-    episode_return: Array  # (...) float32, the agents' mean reward, summed so far
-    episode_length: Array  # (...) int32, timesteps so far
-
-
 class EpisodeMetrics(NamedTuple):
-    """Return and length of episodes, to be read only where `done`."""
+    """Return and length of episodes so far: of whole ones where `done`."""
 
-    episode_return: Array  # (...) float32
+    episode_return: Array  # (...) float32, the agents' mean reward, summed
     episode_length: Array  # (...) int32, timesteps
     done: Array  # (...) bool, the step was the last of its episode
 
 
-def reset_environment(env: Environment, key: PRNGKey) -> tuple[EnvState, TimeStep]:
-    """Begin the first episode of an environment."""
-    state, timestep = env.reset(jax.random.split(key)[1])
-    return EnvState(state, jnp.float32(0), jnp.int32(0)), timestep
+class EnvState(NamedTuple):
+    """Where environments are, between two steps."""
+
+    state: State  # Jumanji's, tree of (...)
+    observation: Observation  # (..., N, .), what the next action is chosen on
+    metrics: EpisodeMetrics  # (...), of the last step's episode
+
+
+def reset_environments(env: Environment, keys: PRNGKey) -> EnvState:
+    """Begin the first episodes of B environments, with the keys (B, 2)."""
+    state, timestep = jax.vmap(env.reset)(keys)
+    zeros = functools.partial(jnp.zeros, len(keys))
+    metrics = EpisodeMetrics(zeros(jnp.float32), zeros(jnp.int32), zeros(bool))
+    return EnvState(state, timestep.observation, metrics)
 
 
 def step_environment(
     env: Environment, env_state: EnvState, action: Array
-) -> tuple[EnvState, TimeStep, EpisodeMetrics]:
+) -> tuple[EnvState, TimeStep]:
     """Step an environment with the joint action (N,), and begin a new episode where one ended.
 
-    Of the timestep, the observation is then the new episode's first; all else is of the step, and
-    `extras["next_observation"]` is what it led to.
+    The timestep is what the step led to, also where it ended: only the state is of the new episode.
     """
     state, timestep = env.step(env_state.state, action)
-    done, next_observation = timestep.last(), timestep.observation
-    episode_return = env_state.episode_return + timestep.reward.mean()
-    episode_length = env_state.episode_length + 1
+    before, done = env_state.metrics, timestep.last()
+    episode_return = jnp.where(before.done, 0, before.episode_return) + timestep.reward.mean()
+    episode_length = jnp.where(before.done, 0, before.episode_length) + 1
 
     def reset(key):
         state, timestep = env.reset(jax.random.split(key)[0])
         return state, timestep.observation
 
-    state, observation = rare_cond(done, reset, (state, next_observation), state.key)
-    return (
-        EnvState(state, jnp.where(done, 0.0, episode_return), jnp.where(done, 0, episode_length)),
-        timestep.replace(observation=observation, extras={"next_observation": next_observation}),
-        EpisodeMetrics(episode_return, episode_length, done),
-    )
+    state, observation = rare_cond(done, reset, (state, timestep.observation), state.key)
+    metrics = EpisodeMetrics(episode_return, episode_length, done)
+    return EnvState(state, observation, metrics), timestep
 
 
 def rare_cond(condition: Array, function: Callable, default: Any, *operands: Any) -> Any:
@@ -629,7 +574,6 @@ class Warehouse(RobotWarehouse):
     """
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
-        """See `Environment.step`."""
         state, timestep = super().step(state, action)
         truncated = state.step_count >= self.time_limit
         return state, timestep.replace(discount=jnp.where(truncated, 1.0, timestep.discount))
@@ -644,8 +588,7 @@ class Warehouse(RobotWarehouse):
 class Foraging(LevelBasedForaging):
     """Jumanji's LevelBasedForaging, whose reward is the team's, summed over the agents."""
 
-    def get_reward(self, *food: Any) -> Array:
-        """The reward of each agent, (N,) float32."""
+    def get_reward(self, *food: Any) -> Array:  # (N,) float32
         reward = super().get_reward(*food)
         return jnp.broadcast_to(reward.sum(), reward.shape)
 
@@ -656,14 +599,16 @@ class Foraging(LevelBasedForaging):
 
 
 class Layers(nn.Module):
-    """Dense layers with orthogonal weights, (..., F) -> (..., sizes[-1])."""
+    """Dense layers with orthogonal weights, (..., F) -> (rows, sizes[-1])."""
 
     sizes: tuple[int, ...]
-    gain: float
+    gain: float = math.sqrt(2)
     activation: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        # One matrix product over all rows is 2.6 times as fast as one with several batch axes.
+        x = x.reshape(-1, x.shape[-1])
         for size in self.sizes:
             layer = nn.Dense(size, kernel_init=nn.initializers.orthogonal(self.gain))
             x = self.activation(layer(x))
@@ -671,32 +616,26 @@ class Layers(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy that the agents share; each acts on its own observation alone."""
+    """Logits (..., N, A) of the agents' shared policy, float32's smallest for illegal actions."""
 
     layer_sizes: tuple[int, ...]
 
     @nn.compact
     def __call__(self, observation: Observation) -> Array:
-        """Logits (..., N, A) of an observation, float32's smallest value for illegal actions."""
-        # One matrix product over all rows is 2.6 times as fast as one with several batch axes.
-        x = observation.agents_view.reshape(-1, observation.agents_view.shape[-1])
-        x = Layers(self.layer_sizes, math.sqrt(2), name="torso")(x)
-        num_actions = observation.action_mask.shape[-1]
-        logits = Layers((num_actions,), 0.01, lambda x: x, name="action_head")(x)
-        logits = logits.reshape(observation.action_mask.shape)
-        return jnp.where(observation.action_mask, logits, jnp.finfo(jnp.float32).min)
+        mask = observation.action_mask
+        x = Layers(self.layer_sizes, name="torso")(observation.agents_view)
+        logits = Layers(mask.shape[-1:], 0.01, lambda x: x, name="action_head")(x)
+        return jnp.where(mask, logits.reshape(mask.shape), jnp.finfo(jnp.float32).min)
 
 
 class Critic(nn.Module):
-    """Value of each agent's own observation."""
+    """Values (..., N) of each agent's own observation."""
 
     layer_sizes: tuple[int, ...]
 
     @nn.compact
     def __call__(self, observation: Observation) -> Array:
-        """Values (..., N) of an observation."""
-        x = observation.agents_view.reshape(-1, observation.agents_view.shape[-1])
-        x = Layers(self.layer_sizes, math.sqrt(2), name="torso")(x)
+        x = Layers(self.layer_sizes, name="torso")(observation.agents_view)
         value = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x)
         return value.reshape(observation.agents_view.shape[:-1])
 
@@ -722,13 +661,9 @@ def init_networks(
 
 
 def act(actor: TrainState, observation: Observation, keys: PRNGKey, greedy: bool = False) -> Array:
-    """The joint actions (B, N) int32 on the observations (B, N, .) of B environments.
-
-    Each of the K `keys`, (K, 2), samples those of the next B / K environments; `greedy` takes the
-    most probable actions.
-    """
+    """Actions (B, N) int32, sampled by K `keys` (K, 2), each for the next B / K environments."""
     logits = actor.apply_fn(actor.params, observation)
-    if greedy:
+    if greedy:  # the most probable actions
         return distrax.Categorical(logits).mode()
     sample = jax.vmap(lambda key, logits: distrax.Categorical(logits).sample(seed=key))
     action = sample(keys, logits.reshape(len(keys), -1, *logits.shape[1:]))
@@ -749,39 +684,32 @@ class Transition(NamedTuple):
     value: Array | None = None  # (..., N) float32, of the observation
 
 
-class RolloutState(NamedTuple):
-    """Where a rollout left off, on one device: B = UB * NE environments."""
-
-    keys: PRNGKey  # (UB, 2) uint32
-    env_state: EnvState  # (B, ...)
-    observation: Observation  # (B, N, .), what the next action is chosen on
-
-
 def rollout(
-    env: Environment, actor: TrainState, state: RolloutState, rollout_length: int
-) -> tuple[RolloutState, Transition]:
+    env: Environment, actor: TrainState, keys: PRNGKey, env_state: EnvState, rollout_length: int
+) -> tuple[tuple[PRNGKey, EnvState], Transition]:
     """Act with the policy for T = `rollout_length` timesteps, as Anakin does (Hessel et al., 2021).
 
-    Returns where it left off, and the transitions, (T, B, ...).
+    Returns the new keys (UB, 2) and states (UB * NE, ...), and transitions (T, UB * NE, ...).
     """
-    step_environments = jax.vmap(functools.partial(step_environment, env))
 
-    def step(state, _):
-        keys, policy_keys = jax.vmap(jax.random.split, out_axes=1)(state.keys)
-        action = act(actor, state.observation, policy_keys)
-        env_state, timestep, metrics = step_environments(state.env_state, action)
+    def step(carry, _):
+        keys, env_state = carry
+        keys, policy_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        observation = env_state.observation
+        action = act(actor, observation, policy_keys)
+        env_state, timestep = jax.vmap(functools.partial(step_environment, env))(env_state, action)
         transition = Transition(
             done=jnp.broadcast_to(timestep.last()[:, None], action.shape),
             action=action,
             reward=timestep.reward,
             discount=timestep.discount,
-            observation=state.observation,
-            next_observation=timestep.extras["next_observation"],
-            metrics=metrics,
+            observation=observation,
+            next_observation=timestep.observation,
+            metrics=env_state.metrics,
         )
-        return RolloutState(keys, env_state, timestep.observation), transition
+        return (keys, env_state), transition
 
-    return jax.lax.scan(step, state, None, rollout_length)
+    return jax.lax.scan(step, (keys, env_state), None, rollout_length)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -860,44 +788,45 @@ def critic_loss(
 # LEARNER
 # ------------------------------------------------------------------------------------------------
 
+REPLICATED, SHARDED = PartitionSpec(), PartitionSpec("device")
+
 
 def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
     """How arrays lie on the devices: the same on each, or spread along their first axis."""
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("device"))
+    return NamedSharding(mesh, REPLICATED), NamedSharding(mesh, SHARDED)
 
 
 class LearnerState(NamedTuple):
-    """Everything that training carries from one update to the next."""
+    """Everything that training carries from one update to the next, here on one device.
+
+    Outside `learn`, the first axis of the keys and of the environments is D times as long.
+    """
 
     actor: TrainState  # the same on every device
     critic: TrainState  # the same on every device
-    rollout: RolloutState  # of each device; outside `learn`, every leaf has a leading axis D
+    keys: PRNGKey  # (UB, 2) uint32
+    env_state: EnvState  # (UB * NE, ...)
 
 
 def init_learner(
     key: PRNGKey, params_key: PRNGKey, env: Environment, config: Config, mesh: Mesh
 ) -> LearnerState:
-    """Initial parameters, optimiser states, environments and keys, spread over the mesh's devices.
-
-    `key` is for the environments and the actions, `params_key` for both networks.
-    """
-    num_devices, update_batch_size = mesh.size, config.system.update_batch_size
-    observation = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), observation_shape(env))
+    """The initial state on the mesh's devices: both networks by `params_key`, the rest by `key`."""
+    num_sets = mesh.size * config.system.update_batch_size
+    observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation_shape(env))
 
     def init(key, params_key):
         actor, critic = init_networks(config, observation, params_key)
-        keys = jax.random.split(key, num_devices * update_batch_size * config.arch.num_envs + 1)
-        policy_keys = jax.random.split(keys[0], num_devices * update_batch_size + 1)[1:]
-        env_state, timestep = jax.vmap(functools.partial(reset_environment, env))(keys[1:])
-        state = RolloutState(policy_keys, env_state, timestep.observation)
+        keys = jax.random.split(key, num_sets * config.arch.num_envs + 1)
+        policy_keys = jax.random.split(keys[0], num_sets + 1)[1:]
+        env_state = reset_environments(env, jax.vmap(jax.random.split)(keys[1:])[:, 1])
         # With a dtype of their own also where an environment puts Python's numbers into its state.
-        split = lambda x: jnp.asarray(x, x.dtype).reshape(num_devices, -1, *x.shape[1:])
-        state = jax.tree.map(split, state)
-        return LearnerState(actor, critic, state)
+        env_state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), env_state)
+        return LearnerState(actor, critic, policy_keys, env_state)
 
     # Placed as `learn` places its outputs: otherwise its second call would compile it again.
     replicated, sharded = shardings(mesh)
-    state_shardings = LearnerState(replicated, replicated, sharded)
+    state_shardings = LearnerState(replicated, replicated, sharded, sharded)
     return jax.jit(init, out_shardings=state_shardings)(key, params_key)
 
 
@@ -945,10 +874,10 @@ def update(
 
     Returns the new state; the transitions, (T, UB * NE, ...), and the mean losses, each () float32.
     """
-    actor, critic, rollout_state = state
+    actor, critic, keys, env_state = state
 
     # ROLLOUT
-    rollout_state, transitions = rollout(env, actor, rollout_state, config.rollout_length)
+    (keys, env_state), transitions = rollout(env, actor, keys, env_state, config.rollout_length)
 
     # ADVANTAGE.  Choosing an action needs neither its value nor its log-probability: here they are
     # computed for the whole rollout at once.
@@ -957,23 +886,21 @@ def update(
     value = critic.apply_fn(critic.params, transitions.observation)
     transitions = transitions._replace(log_prob=log_prob, value=value)
     if not config.learn:
-        return LearnerState(actor, critic, rollout_state), (transitions, {})
-    last_value = critic.apply_fn(critic.params, rollout_state.observation)
+        return LearnerState(actor, critic, keys, env_state), (transitions, {})
+    last_value = critic.apply_fn(critic.params, env_state.observation)
     advantage, target = calculate_advantage(
         transitions.reward, transitions.done, value, last_value, config.gamma, config.gae_lambda
     )
 
     # MINIBATCHES: each of the UB sets shuffles its own transitions, counted in the order of (T, NE)
-    update_batch_size = config.update_batch_size
-    num_envs = advantage.shape[1] // update_batch_size
-    num_transitions = config.rollout_length * num_envs
-    keys, permutation = shuffle(rollout_state.keys, config.ppo_epochs, num_transitions)
-    timestep, env_index = permutation // num_envs, permutation % num_envs  # (epochs, UB, T * NE)
-    set_index = jnp.arange(update_batch_size)[:, None]
-    indices = (timestep * update_batch_size + set_index) * num_envs + env_index  # in (T, UB, NE)
-    indices = indices.reshape(config.ppo_epochs, update_batch_size, config.num_minibatches, -1)
-    # (epochs, UB, minibatches, M) -> (epochs * minibatches, UB, M)
-    indices = indices.swapaxes(1, 2).reshape(-1, update_batch_size, indices.shape[-1])
+    num_sets, num_envs = config.update_batch_size, advantage.shape[1] // config.update_batch_size
+    keys, permutation = shuffle(keys, config.ppo_epochs, config.rollout_length * num_envs)
+    timestep, env_index = jnp.divmod(permutation, num_envs)  # (epochs, UB, T * NE)
+    set_index = jnp.arange(num_sets)[:, None]
+    indices = (timestep * num_sets + set_index) * num_envs + env_index  # in (T, UB, NE)
+    # (epochs, UB, minibatches * M) -> (epochs * minibatches, UB, M)
+    indices = indices.reshape(config.ppo_epochs, num_sets, config.num_minibatches, -1)
+    indices = indices.swapaxes(1, 2).reshape(-1, num_sets, indices.shape[-1])
     # (T, UB * NE, ...) -> (T * UB * NE, ...)
     flatten = lambda x: x.reshape(-1, *x.shape[2:])
     batch = jax.tree.map(flatten, (transitions, advantage, target))
@@ -984,8 +911,8 @@ def update(
         return (actor, critic), losses
 
     (actor, critic), losses = jax.lax.scan(step, (actor, critic), indices)
-    state = LearnerState(actor, critic, rollout_state._replace(keys=keys))
-    return state, (transitions, jax.tree.map(jnp.mean, losses))
+    losses = jax.tree.map(jnp.mean, losses)
+    return LearnerState(actor, critic, keys, env_state), (transitions, losses)
 
 
 class LearnerOutput(NamedTuple):
@@ -1005,29 +932,24 @@ def make_learn(
 
     `record` returns what to keep of transitions as experience, a dictionary.
     """
-
-    def split_sets(x):  # (T, UB * NE, ...) -> (UB, T, NE, ...)
-        return x.reshape(x.shape[0], config.update_batch_size, -1, *x.shape[2:]).swapaxes(0, 1)
+    # (T, UB * NE, ...) -> (T, UB, NE, ...) -> (UB, T, NE, ...)
+    split = lambda x: x.reshape(len(x), config.update_batch_size, -1, *x.shape[2:]).swapaxes(0, 1)
 
     def step(state, _):
         state, (transitions, losses) = update(state, env, config)
         checked = jax.tree.leaves((losses, state.actor.params, state.critic.params))
         finite = jnp.array([jnp.isfinite(x).all() for x in checked]).all()
-        outputs = jax.tree.map(split_sets, (record(transitions), transitions.metrics))
+        outputs = jax.tree.map(split, (record(transitions), transitions.metrics))
         return state, (*outputs, losses, finite)
 
     def learn(state):
-        # The leading axis D is 1 here: this device's part.
-        state = state._replace(rollout=jax.tree.map(lambda x: x[0], state.rollout))
         state, (experience, metrics, *rest) = jax.lax.scan(step, state, None, num_updates)
-        parts = (state.rollout, experience, metrics)
-        rollout_state, experience, metrics = jax.tree.map(lambda x: x[None], parts)
-        return LearnerOutput(state._replace(rollout=rollout_state), experience, metrics, *rest)
+        experience, metrics = jax.tree.map(lambda x: x[None], (experience, metrics))  # D is 1 here
+        return LearnerOutput(state, experience, metrics, *rest)
 
-    replicated, sharded = PartitionSpec(), PartitionSpec("device")
-    state_spec = LearnerState(replicated, replicated, sharded)
-    output_spec = LearnerOutput(state_spec, sharded, sharded, replicated, replicated)
-    specs = {"in_specs": (state_spec,), "out_specs": output_spec}
+    state_specs = LearnerState(REPLICATED, REPLICATED, SHARDED, SHARDED)
+    output_specs = LearnerOutput(state_specs, SHARDED, SHARDED, REPLICATED, REPLICATED)
+    specs = {"in_specs": (state_specs,), "out_specs": output_specs}
     return jax.jit(jax.shard_map(learn, mesh=mesh, check_vma=False, **specs))
 
 
@@ -1046,7 +968,7 @@ def evaluate(
     """
 
     def step(carry):
-        key, state, observation, metrics = carry
+        key, (state, observation, metrics) = carry
         key, policy_key = jax.random.split(key)
         action = act(actor, observation, policy_key[None], greedy)
         state, timestep = jax.vmap(env.step)(state, action)
@@ -1057,14 +979,12 @@ def evaluate(
             metrics.episode_length + jnp.where(metrics.done, 0, 1),
             metrics.done | timestep.last(),
         )
-        return key, state, timestep.observation, metrics
+        return key, EnvState(state, timestep.observation, metrics)
 
     key, reset_key = jax.random.split(key)
-    state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
-    zeros = functools.partial(jnp.zeros, num_episodes)
-    metrics = EpisodeMetrics(zeros(jnp.float32), zeros(jnp.int32), zeros(bool))
-    carry = (key, state, timestep.observation, metrics)
-    return jax.lax.while_loop(lambda carry: ~carry[-1].done.all(), step, carry)[-1]
+    env_state = reset_environments(env, jax.random.split(reset_key, num_episodes))
+    going_on = lambda carry: ~carry[1].metrics.done.all()
+    return jax.lax.while_loop(going_on, step, (key, env_state))[1].metrics
 
 
 class Evaluation(NamedTuple):
@@ -1084,13 +1004,10 @@ def make_evaluate(
     env: Environment, num_episodes: int, greedy: bool, mesh: Mesh
 ) -> Callable[[TrainState, PRNGKey], EpisodeMetrics]:
     """`evaluate` of an actor with the keys (D, 2), its episodes spread over the devices."""
-
-    def evaluate_on_device(actor, keys):
-        return evaluate(env, actor, keys[0], num_episodes // mesh.size, greedy)
-
-    replicated, sharded = PartitionSpec(), PartitionSpec("device")
-    specs = {"in_specs": (replicated, sharded), "out_specs": sharded}
-    return jax.jit(jax.shard_map(evaluate_on_device, mesh=mesh, check_vma=False, **specs))
+    num_episodes //= mesh.size
+    evaluate_part = lambda actor, keys: evaluate(env, actor, keys[0], num_episodes, greedy)
+    specs = {"in_specs": (REPLICATED, SHARDED), "out_specs": SHARDED}
+    return jax.jit(jax.shard_map(evaluate_part, mesh=mesh, check_vma=False, **specs))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2119,7 +2036,8 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
 
                 # RECORD
                 if recorder:
-                    recorder.add(own_part(experience, mesh))
+                    own_part = multihost_utils.global_array_to_host_local_array
+                    recorder.add(own_part(experience, mesh, SHARDED))
                 del experience  # so that it is not held while the next is made
 
                 # EVALUATE the parameters that the update has just produced
