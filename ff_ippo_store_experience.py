@@ -1190,7 +1190,7 @@ def open_parts(
     count = metadata[0]["process"]["count"]
     missing = sorted(set(range(count)) - {part["process"]["index"] for part in metadata})
     if missing:
-        warnings.warn(f"{path} is without the parts {missing} of {count} processes", stacklevel=2)
+        warnings.warn(f"{path} is without the parts {missing} of {count} processes")
     return vaults, {**metadata[0], "num_devices": sum(part["num_devices"] for part in metadata)}
 
 
