@@ -1447,14 +1447,12 @@ def load_checkpoint(
     Process 0, which has a manager, reads it for all; where there is none, `progress` comes back.  A
     `ConfigError` names the first difference where it is of another configuration.
     """
-    reading = lambda: storage(
-        "reading the checkpoint", path, "delete it to go on from the one before"
-    )
+    remedy = "delete it to go on from the one before"
     saved = path = None
     if manager is not None and manager.latest_step() is not None:
         path = Path(manager.directory, str(manager.latest_step()))
         items = ocp.args.Composite(run=ocp.args.JsonRestore(), state=ocp.args.StandardRestore())
-        with reading():
+        with storage("reading the checkpoint", path, remedy):
             saved = dict(manager.restore(manager.latest_step(), args=items).items())
     saved = broadcast(saved)
     if saved is None:
@@ -1467,7 +1465,7 @@ def load_checkpoint(
     num_done, num_evaluation = len(columns["step_count"]), config.arch.num_evaluation
     done = f"arch.num_evaluation is {num_evaluation}, but {num_done} are done already"
     require(num_done <= num_evaluation, done)
-    with reading():
+    with storage("reading the checkpoint", path, remedy):
         leaves, structure = jax.tree.flatten(progress.state)
         chex.assert_trees_all_equal_shapes(state["learner"], leaves)
         learner = structure.unflatten(map(place_as, state["learner"], leaves))
@@ -1815,19 +1813,20 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     )
     num_steps = num_timesteps * stores["done"].shape[0]
     third = 3 * episodes.recorded_at // max(1, num_steps)
-    thirds, labels = [], []
-    for part, ordinal in enumerate(("first", "second", "last")):
-        chosen = third == part
-        action = episodes.transitions["action"][np.repeat(chosen, length)]
-        thirds.append((returns[chosen], length[chosen], action.ravel()))
-        labels.append(f"{ordinal} third of training: {chosen.sum():,} episodes")
 
     figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[4, 4, 5])
     colors = ("#A6CEE3", "#4292C6", "#08306B")  # their lightness tells them apart
-    for axes, edges, *values in zip(panels, bins, *thirds, strict=True):
-        percent = [np.full(len(x), 100 / max(1, len(x))) for x in values]
-        axes.hist(values, edges, weights=percent, rwidth=0.84, color=colors, label=labels)
+    for part, ordinal in enumerate(("first", "second", "last")):
+        chosen = third == part
+        label = f"{ordinal} third of training: {chosen.sum():,} episodes"
+        action = episodes.transitions["action"][np.repeat(chosen, length)]
+        values = (returns[chosen], length[chosen], action)
+        for axes, value, edges in zip(panels, values, bins, strict=True):
+            percent = 100 * np.histogram(value, edges)[0] / max(1, value.size)
+            bar = 0.28 * np.diff(edges)
+            center = (edges[:-1] + edges[1:]) / 2 + (part - 1) * bar
+            axes.bar(center, percent, bar, color=colors[part], label=label)
     panels[0].set(xlabel="Episode return", ylabel="Share of episodes (%)")
     panels[1].set(xlabel="Episode length (timesteps)", ylabel="Share of episodes (%)")
     panels[2].set(xlabel="Action of an agent", ylabel="Share of actions (%)")
@@ -1889,6 +1888,11 @@ def save_results(
 
 class TrainingError(RuntimeError):
     """A loss or a parameter became infinite or not a number; the message is one line."""
+
+    def __init__(self, step_count: int):
+        problem = f"a loss or a parameter is infinite or not a number at step {step_count:,}"
+        remedy = "lower system.actor_lr or system.critic_lr"
+        super().__init__(f"{problem}: what came before is recorded; {remedy}")
 
 
 class ExperimentResult(NamedTuple):
@@ -2043,10 +2047,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 finite, losses = jax.device_get((finite, losses))
                 if not finite.all():
                     num_updates = index * num_updates_per_eval + int(finite.argmin()) + 1
-                    steps = num_updates * steps_per_evaluation // num_updates_per_eval
-                    problem = f"a loss or a parameter is infinite or not a number at step {steps:,}"
-                    remedy = "lower system.actor_lr or system.critic_lr"
-                    raise TrainingError(f"{problem}: what came before is recorded; {remedy}")
+                    raise TrainingError(num_updates * steps_per_evaluation // num_updates_per_eval)
 
                 # RECORD
                 if recorder:
