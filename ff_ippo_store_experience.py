@@ -39,6 +39,7 @@ import builtins
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import glob
@@ -54,6 +55,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -325,13 +327,9 @@ if IS_SCRIPT and (arch := tyro.cli(Config).arch).distributed:
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     passed_on = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "start_new_session": True}
     os.dup2(subprocess.Popen(["sed", "-uE", script], **passed_on).stdin.fileno(), 2)
+    this_process = (arch.coordinator_address, arch.num_processes, arch.process_id)
     try:
-        jax.distributed.initialize(
-            arch.coordinator_address,
-            arch.num_processes,
-            arch.process_id,
-            heartbeat_timeout_seconds=30,
-        )
+        jax.distributed.initialize(*this_process, heartbeat_timeout_seconds=30)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"error: arch.distributed: {error}")
 
@@ -365,6 +363,13 @@ def part_of(config: VaultConfig) -> VaultConfig:
     index, count = jax.process_index(), jax.process_count()
     uid = config.uid if count == 1 else f"{config.uid}-p{index}of{count}"
     return dataclasses.replace(config, uid=uid)
+
+
+def part_paths(path: Path) -> list[Path]:
+    """The vaults of a recording, by process: its folder, or UID-p0of2 and so on."""
+    parts = path.parent.glob(f"{glob.escape(path.name)}-p*of*")
+    in_order = sorted(parts, key=lambda part: (len(part.name), part.name))  # p2of12 before p10of12
+    return [path] if path.exists() or not in_order else in_order
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1051,21 +1056,52 @@ def make_buffer(max_length: int, add_batch_size: int) -> TrajectoryBuffer:
     )
 
 
+# Whose versions are kept in the vault's metadata.
+PACKAGES = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
+
+
+def describe_recording(config: Config, task: Task, experience: dict[str, Any]) -> dict[str, Any]:
+    """What `metadata.json` keeps beside the vault of leaves (D, NU, UB, T, NE, ...)."""
+    num_devices, num_updates, *_, num_agents, num_actions = experience["legal_action_mask"].shape
+    return {
+        **dataclasses.asdict(config),
+        "task": {name: getattr(task, name) for name in ("environment", "folder", "actions")},
+        "policy": {"params": config.checkpoint.load_params or "initial", "episode_return": None},
+        "num_agents": num_agents,
+        "num_actions": num_actions,
+        "num_devices": num_devices,
+        "process": {"index": jax.process_index(), "count": jax.process_count()},
+        "num_updates_per_eval": num_updates,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
 class RecordingError(RuntimeError):
     """A vault or a checkpoint could not be written or read; the message is one line."""
 
 
 @contextlib.contextmanager
 def storage(action: str, path: Path, remedy: str) -> Iterator[None]:
-    """Turns what libraries raise about files into a `RecordingError` of one line."""
+    """Turns what libraries raise about files into one line: `ConfigError` or `RecordingError`."""
     try:
         yield
     except (ConfigError, RecordingError):
         raise
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.EEXIST, errno.ENOTEMPTY):
+            raise ConfigError(f"{path} exists already: choose another vault.uid") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(" [source")[0]
         reason = f"{reason[:80]} ... {reason[-80:]}" if len(reason) > 165 else reason
         raise RecordingError(f"{action} {path} failed: {reason}: {remedy}") from error
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """A run goes on without what fails here."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{what} failed: {error}", stacklevel=3)
 
 
 def claim(path: Path, exist_ok: bool) -> io.TextIOBase:
@@ -1078,19 +1114,15 @@ def claim(path: Path, exist_ok: bool) -> io.TextIOBase:
             path.mkdir(parents=True, exist_ok=exist_ok)
             lock = (path / "lock").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileExistsError as error:
-            raise ConfigError(f"{path} exists already: choose another vault.uid") from error
         except BlockingIOError as error:
             raise ConfigError(f"another process is recording into {path}") from error
         return lock
 
 
-# Elements in a chunk of the vault on disk, at most: 16 MB of float32.
-MAX_CHUNK_SIZE = 2**22
-# Transitions in a write, at most, unless a rollout has more: 300 MB of two agents' observations.
-MAX_WRITE_SIZE = 2**19
-# Bytes of the buffer by default, at most, unless a rollout has more.
-MAX_BUFFER_SIZE = 2**30
+MAX_CHUNK_SIZE = 2**22  # elements in a chunk of the vault on disk: 16 MB of float32
+# Unless a single rollout has more:
+MAX_WRITE_SIZE = 2**19  # transitions in a write: 300 MB of two agents' observations
+MAX_BUFFER_SIZE = 2**30  # bytes of the buffer by default
 
 
 class ChunkedVault(Vault):
@@ -1131,26 +1163,19 @@ def make_vault(
     `metadata.json`.  Where the vault exists already, there is a `ConfigError`.
     """
     path = run_path(config.rel_dir, config)
-    exists = f"vault.uid {config.uid!r} exists already, at {path}: choose another"
-    require(not path.exists(), exists)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # renamed when it is whole
     making = storage("making the vault", path, "make room there, or choose another folder")
     with making, contextlib.redirect_stdout(io.StringIO()):  # Flashbax's advice on writing
-        try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
             ChunkedVault(
                 chunk_length,
-                vault_name=config.name,
+                vault_name=folder,  # absolute, so that nothing is put in front
+                vault_uid=path.name,
                 experience_structure=experience,
-                rel_dir=config.rel_dir,
-                vault_uid=new.name,
                 compression=config.compression or {"id": "zstd", "level": 1},
                 metadata=metadata,
             )
-            new.rename(path)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            require(not path.exists(), exists)
-            raise
+            Path(folder, path.name).rename(path)  # it has its name only when it is whole
     return open_vault(config.name, config.uid, config.rel_dir)[0]
 
 
@@ -1168,32 +1193,6 @@ def open_vault(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Vault, dic
         return Vault(vault_name=name, vault_uid=uid, rel_dir=rel_dir), metadata
 
 
-def part_paths(path: Path) -> list[Path]:
-    """The vaults of a recording: its folder or, of several processes, UID-p0of2 and so on."""
-    parts = list(path.parent.glob(f"{glob.escape(path.name)}-p*of*"))
-    return parts if parts and not path.exists() else [path]
-
-
-def open_parts(
-    name: str, uid: str, rel_dir: str = "vaults"
-) -> tuple[tuple[Vault, ...], dict[str, Any]]:
-    """The vaults of a recording, in the order of the processes, and their metadata as one.
-
-    Raises what `open_vault` does; there is a warning where parts are missing.
-    """
-    path = run_path(rel_dir, VaultConfig(name=name, uid=uid))
-    parts = [open_vault(name, part.name, rel_dir) for part in part_paths(path)]
-    if len(parts) == 1 and path.exists():
-        return (parts[0][0],), parts[0][1]
-    parts.sort(key=lambda part: part[1]["process"]["index"])
-    vaults, metadata = zip(*parts, strict=True)
-    count = metadata[0]["process"]["count"]
-    missing = sorted(set(range(count)) - {part["process"]["index"] for part in metadata})
-    if missing:
-        warnings.warn(f"{path} is without the parts {missing} of {count} processes")
-    return vaults, {**metadata[0], "num_devices": sum(part["num_devices"] for part in metadata)}
-
-
 def to_plain(value: Any) -> Any:
     """What JSON can hold of a value: of NumPy's numbers, Python's."""
     return value.item() if hasattr(value, "item") else str(value)
@@ -1202,14 +1201,15 @@ def to_plain(value: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write a file that who reads it meanwhile finds whole: a new one takes its place at once."""
     with storage("writing", path, "make room there"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_text(json.dumps(content, default=to_plain))
         path.with_suffix(".tmp").replace(path)
 
 
 def update_metadata(path: Path, changes: dict[str, Any]) -> None:
     """Change entries of what is kept beside a vault."""
-    file = path / "metadata.json"
-    write_json(file, {**json.loads(file.read_text()), **changes})
+    path = path / "metadata.json"
+    write_json(path, {**json.loads(path.read_text()), **changes})
 
 
 def write_vault(vault: Vault, experience: dict[str, Array]) -> int:
@@ -1218,11 +1218,12 @@ def write_vault(vault: Vault, experience: dict[str, Array]) -> int:
     if length == 0:
         return 0  # Flashbax would take the interval (0, 0) for its default
     state = TrajectoryBufferState(experience=experience, current_index=length, is_full=False)
-    return vault.write(state, source_interval=(0, length))
+    with ThreadPoolExecutor(1) as thread:  # it starts an event loop: a notebook's own is running
+        return thread.submit(vault.write, state, source_interval=(0, length)).result()
 
 
 def buffer_capacity(config: VaultConfig, experience: Any) -> int:
-    """How many rollouts, of leaves (D, NU, UB, T, NE, ...), the buffer holds: 0 if none is saved.
+    """How many rollouts, of leaves (D, NU, UB, T, NE, ...), the buffer holds.
 
     There is a `ConfigError` where it does not hold one, or does not fit into memory: a process that
     asks for too much may be killed.
@@ -1230,20 +1231,22 @@ def buffer_capacity(config: VaultConfig, experience: Any) -> int:
     leaves = jax.tree.leaves(experience)
     num_transitions = math.prod(leaves[0].shape[:5])
     rollout_size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    capacity = min(config.save_interval, max(1, MAX_BUFFER_SIZE // rollout_size))
-    if config.max_length is not None:
+    if config.max_length is None:
+        capacity = min(config.save_interval, max(1, MAX_BUFFER_SIZE // rollout_size))
+    else:
         capacity = config.max_length // num_transitions
-    smallest = f"it must hold at least {num_transitions} transitions, those between two evaluations"
-    require(capacity > 0, f"vault.max_length is {config.max_length}: {smallest}")
+        least = f"at least {num_transitions} transitions, those between two evaluations"
+        require(capacity > 0, f"vault.max_length is {config.max_length}: it must hold {least}")
     # Beside the buffer, one rollout is being made and one is being written.
     size = (capacity + 2) * rollout_size
-    stats = jax.local_devices()[0].memory_stats()  # None on a CPU, whose devices share one memory
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stats = jax.local_devices()[0].memory_stats()
     if stats:
         available = stats["bytes_limit"] * jax.local_device_count()
+    else:  # a CPU, whose devices share one memory
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes = f"{size / 1e9:,.1f} GB of the {available / 1e9:,.1f} GB of memory"
     large = "arch.num_envs, vault.max_length, or raise arch.num_evaluation"
-    require(size <= available or not config.save, f"the experience takes {sizes}: lower {large}")
+    require(size <= available, f"the experience takes {sizes}: lower {large}")
     return capacity
 
 
@@ -1251,8 +1254,7 @@ class Recorder(contextlib.AbstractContextManager):
     """Gathers experience in a buffer, and writes what is new in it to a vault.
 
     It does so in order, in a thread of its own, beside the training: nothing else touches the
-    buffer or counts what was done.  (There, `Vault.write` can start the event loop that it needs
-    also in a notebook, whose own is running.)  Leaving the `with` block writes what is left.
+    buffer or counts what was done.  Leaving the `with` block writes what is left.
     """
 
     def __init__(
@@ -1285,11 +1287,9 @@ class Recorder(contextlib.AbstractContextManager):
         add = lambda state, experience: buffer.add(state, reshape_experience(experience))
         self.add_to_buffer = jax.jit(add, donate_argnums=0)
         # A slice of a default rollout takes 1 ms, indexing with an array of timesteps 36.
-        read = lambda x, start, length: jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
-        self.read_buffer = jax.jit(
-            lambda state, *where: jax.tree.map(lambda x: read(x, *where), state.experience),
-            static_argnums=2,
-        )
+        read = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1)
+        read_all = lambda x, *where: jax.tree.map(lambda leaf: read(leaf, *where), x.experience)
+        self.read_buffer = jax.jit(read_all, static_argnums=2)  # state, start, length
         self.path = run_path(config.rel_dir, config)
         if num_written is None or not (num_written or self.path.exists()):
             make_vault(config, self.buffer_state.experience, self.rollout_length, metadata)
@@ -1310,8 +1310,8 @@ class Recorder(contextlib.AbstractContextManager):
 
     @property
     def num_timesteps(self) -> int:
-        """Environment steps that the vault holds, written to the disk."""
-        return self.num_written * self.num_rows * self.rollout_length
+        """Environment steps that are on disk, also of the other processes, which write alike."""
+        return self.num_written * self.num_rows * self.rollout_length * jax.process_count()
 
     def then(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call `function` in the thread, after all that was begun, if none of it failed."""
@@ -1382,6 +1382,11 @@ def get_params(state: LearnerState) -> Params:
     return Params(state.actor.params, state.critic.params)
 
 
+def place_as(new: Array, old: Array) -> Array:
+    """The array `new`, on the devices as `old` lies there."""
+    return jax.device_put(new, old.sharding)
+
+
 class Progress(NamedTuple):
     """A run between two evaluations."""
 
@@ -1396,12 +1401,8 @@ def open_checkpoints(path: Path) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in a folder, of which it keeps the newest two."""
     index = jax.process_index()  # of several processes, only this one takes part
     processes = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2,
-        enable_async_checkpointing=False,
-        create=False,
-        multiprocessing_options=processes,
-    )
+    options = {"max_to_keep": 2, "create": False, "enable_async_checkpointing": False}
+    options = ocp.CheckpointManagerOptions(**options, multiprocessing_options=processes)
     return ocp.CheckpointManager(path, options=options)
 
 
@@ -1409,9 +1410,9 @@ def describe_config(config: Config) -> dict[str, Any]:
     """What must be the same where a run goes on, from a setting's name to its value."""
     groups = json.loads(json.dumps(dataclasses.asdict(config), default=to_plain))
     settings = {f"{group}.{name}": x for group, xs in groups.items() for name, x in xs.items()}
-    for name in ("distributed", "coordinator_address", "num_processes", "process_id"):
-        del settings[f"arch.{name}"]
-    del settings["system.total_timesteps"], settings["checkpoint.resume"]
+    process = ("distributed", "coordinator_address", "num_processes", "process_id")
+    for name in ("system.total_timesteps", "checkpoint.resume", *(f"arch.{x}" for x in process)):
+        del settings[name]
     num_updates_per_eval = settings.pop("system.num_updates") // settings.pop("arch.num_evaluation")
     settings["system.num_updates / arch.num_evaluation"] = num_updates_per_eval
     settings["the number of devices"] = jax.device_count()
@@ -1446,11 +1447,12 @@ def load_checkpoint(
     Process 0, which has a manager, reads it for all; where there is none, `progress` comes back.  A
     `ConfigError` names the first difference where it is of another configuration.
     """
+    remedy = "delete it to go on from the one before"
     saved = path = None
     if manager is not None and manager.latest_step() is not None:
-        items = ocp.args.Composite(run=ocp.args.JsonRestore(), state=ocp.args.StandardRestore())
         path = Path(manager.directory, str(manager.latest_step()))
-        with storage("reading the checkpoint", path, "delete it to go on from the one before"):
+        items = ocp.args.Composite(run=ocp.args.JsonRestore(), state=ocp.args.StandardRestore())
+        with storage("reading the checkpoint", path, remedy):
             saved = dict(manager.restore(manager.latest_step(), args=items).items())
     saved = broadcast(saved)
     if saved is None:
@@ -1459,20 +1461,19 @@ def load_checkpoint(
     for name, value in describe_config(config).items():
         old = run["config"].get(name)
         require(value == old, f"{name} is {value}, but {old} in the run that is to go on")
-    with storage("reading the checkpoint", path, "delete it to go on from the one before"):
-        place = lambda new, old: jax.device_put(new, old.sharding)
-        old_leaves, structure = jax.tree.flatten(progress.state)
-        chex.assert_trees_all_equal_shapes(state["learner"], old_leaves)
-        learner = structure.unflatten(map(place, state["learner"], old_leaves))
-        params = jax.tree.map(place, Params(**state["params"]), progress.best_params)
-        columns = state.get("evaluations", {"step_count": []})
-        evaluations = []
-        for i in range(len(columns["step_count"])):
-            row = lambda x: x[i] if x.ndim > 1 else x[i].item()
-            evaluations.append(Evaluation(**jax.tree.map(row, columns)))
-    num_done, num_evaluation = len(evaluations), config.arch.num_evaluation
+    columns = state.get("evaluations", {"step_count": []})
+    num_done, num_evaluation = len(columns["step_count"]), config.arch.num_evaluation
     done = f"arch.num_evaluation is {num_evaluation}, but {num_done} are done already"
     require(num_done <= num_evaluation, done)
+    with storage("reading the checkpoint", path, remedy):
+        leaves, structure = jax.tree.flatten(progress.state)
+        chex.assert_trees_all_equal_shapes(state["learner"], leaves)
+        learner = structure.unflatten(map(place_as, state["learner"], leaves))
+        params = jax.tree.map(place_as, Params(**state["params"]), progress.best_params)
+        pick = lambda index: lambda x: x[index] if x.ndim > 1 else x[index].item()
+        evaluations = [
+            Evaluation(**jax.tree.map(pick(index), columns)) for index in range(num_done)
+        ]
     return Progress(learner, state["eval_key"], params, run["best_return"], evaluations)
 
 
@@ -1516,6 +1517,31 @@ def restore_time_order(
     return jax.tree.map(restore, experience)
 
 
+def open_recording(
+    name: str, uid: str, rel_dir: str = "vaults"
+) -> tuple[dict[str, tensorstore.TensorStore], int, dict[str, Any]]:
+    """What is on disk of a recording, that of several processes as one.
+
+    Returns its leaves (D * NU * UB * NE, any, ...), how many timesteps they hold, and its metadata.
+    Raises what `open_vault` does, also where it is not of this file; warns of missing parts.
+    """
+    path = run_path(rel_dir, VaultConfig(name=name, uid=uid))
+    parts = [open_vault(name, part.name, rel_dir) for part in part_paths(path)]
+    vaults, metadata = zip(*parts, strict=True)
+    if "num_updates_per_eval" not in metadata[0]:
+        raise RecordingError(f"{path} is no recording of ff_ippo_store_experience.py")
+    if not path.exists():  # it has the parts of several processes
+        present = {part["process"]["index"] for part in metadata}
+        missing = sorted(set(range(metadata[0]["process"]["count"])) - present)
+        if missing:
+            warnings.warn(f"{path} is without the parts {missing}", stacklevel=1)
+    join = lambda *stores: tensorstore.concat(stores, axis=0)
+    leaves = jax.tree.map(join, *(vault._all_datastores for vault in vaults))
+    num_devices = sum(part["num_devices"] for part in metadata)
+    length = min(vault.vault_index for vault in vaults)
+    return leaves, length, {**metadata[0], "num_devices": num_devices}
+
+
 class Episodes(NamedTuple):
     """K complete episodes, in the order in which they ended; S transitions in all.
 
@@ -1551,27 +1577,24 @@ def iterate_episodes(
         leaves: what `transitions` holds; by default all leaves.
         num_steps: environment steps to read at a time, in whole evaluations, at least one.
     """
-    vaults, metadata = open_parts(name, uid, rel_dir)
-    leaves = tuple(vaults[0]._all_datastores) if leaves is None else tuple(leaves)
-    if "num_updates_per_eval" not in metadata:
-        raise RecordingError(f"{name}/{uid} is no recording of ff_ippo_store_experience.py")
+    stores, length, metadata = open_recording(name, uid, rel_dir)
+    leaves = tuple(stores if leaves is None else leaves)
     num_updates = metadata["num_updates_per_eval"]
     rollout_length = metadata["system"]["rollout_length"]
-    num_evaluations = min(vault.vault_index for vault in vaults) // rollout_length
+    num_evaluations = length // rollout_length
     low, high = percentiles or (0, 100)
     first, last = (int(num_evaluations * percentile / 100) for percentile in (low, high))
     part = f"percentiles {low} to {high} of the {num_evaluations} evaluations of {name}/{uid}"
     require(0 <= low <= high <= 100 and first < last, f"there is nothing in {part}")
+    path = run_path(rel_dir, VaultConfig(name=name, uid=uid))
 
     def read(leaves, first, last):
         # `Vault.read` would read all leaves, whatever is asked for, onto the accelerator.
-        stores = {leaf: [vault._all_datastores[leaf] for vault in vaults] for leaf in leaves}
         times = slice(first * rollout_length, last * rollout_length)
-        path = Path(os.path.abspath(rel_dir), name, uid)
         with storage("reading the vault", path, "it is damaged: record it again"):
-            futures = jax.tree.map(lambda store: store[:, times].read(), stores)
-            parts = jax.tree.map(lambda future: future.result(), futures)
-        experience = {leaf: x[0] if len(x) == 1 else np.concatenate(x) for leaf, x in parts.items()}
+            chosen = {leaf: stores[leaf] for leaf in leaves}
+            futures = jax.tree.map(lambda store: store[:, times].read(), chosen)
+            experience = jax.tree.map(lambda future: future.result(), futures)
         return restore_time_order(experience, metadata["num_devices"], num_updates, rollout_length)
 
     # INDEX: where each episode lies.  Where the recording begins, episodes begin too; elsewhere an
@@ -1655,17 +1678,6 @@ def joint_saco(
 OG_MARL_PARTS = {"Replay": (0, 100), "Poor": (0, 33), "Medium": (33, 67), "Good": (67, 100)}
 
 
-def is_truncated(episodes: Episodes, metadata: dict[str, Any]) -> np.ndarray:
-    """Which of K episodes the time limit cut off, (K,) bool; the others reached a terminal state.
-
-    RobotWarehouse's vault, as the original's, has no leaf that tells: there it was an episode of
-    `env.time_limit` timesteps, even if the very last also brought a collision.
-    """
-    if "truncation" in episodes.transitions:
-        return episodes.transitions["truncation"][episodes.start + episodes.length - 1, 0]
-    return episodes.length == metadata["env"]["time_limit"]
-
-
 def to_og_marl(episodes: Episodes, metadata: dict[str, Any]) -> dict[str, ArrayTree]:
     """The transitions of complete episodes, with all their leaves, as OG-MARL has them.
 
@@ -1677,8 +1689,12 @@ def to_og_marl(episodes: Episodes, metadata: dict[str, Any]) -> dict[str, ArrayT
     num_ids = metadata["num_agents"] if metadata["system"]["add_agent_id"] else 0
     observation = transitions["observation"][..., num_ids:]
     state = observation.reshape(len(observation), -1)
-    truncated = np.repeat(is_truncated(episodes, metadata), episodes.length)[:, None]  # (S, 1)
-    truncated = transitions.get("truncation", truncated)
+    truncated = transitions.get("truncation")
+    if truncated is None:
+        # RobotWarehouse's vault, as the original's, has no leaf that tells: an episode as long as
+        # the time limit was cut off, even if its very last step also brought a collision.
+        cut_off = episodes.length == metadata["env"]["time_limit"]  # (K,)
+        truncated = np.repeat(cut_off, episodes.length)[:, None]  # (S, 1)
     experience = {
         "observations": observation,
         "actions": transitions["action"],
@@ -1708,24 +1724,21 @@ def export_og_marl(
     Returns the folder of the export, named `label`, such as "Expert", or by default as the part; it
     has this name only when it is whole.  Where it exists already, there is a `ConfigError`.
     """
-    _, metadata = open_parts(name, uid, rel_dir)
-    if "num_updates_per_eval" not in metadata:
-        raise RecordingError(f"{name}/{uid} is no recording of ff_ippo_store_experience.py")
-    folder = metadata.get("task", {}).get("folder", "rware")
+    *_, metadata = open_recording(name, uid, rel_dir)
     config = VaultConfig(name=name, uid=uid, rel_dir=rel_dir)
-    path = og_marl_path(config, folder, metadata["env"]["scenario"], label or part)
-    require(not path.exists(), f"the export exists already, at {path}: move it or delete it")
+    folder, scenario = metadata["task"]["folder"], metadata["env"]["scenario"]
+    path = og_marl_path(config, folder, scenario, label or part)
+    require(not path.exists(), f"the export exists already, at {path}: move or delete it")
     partial = path.with_name(f".{path.name}.part")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
     config = VaultConfig(name=path.parent.name, uid=partial.name, rel_dir=str(path.parents[1]))
-    vault, percentiles = None, OG_MARL_PARTS[part]
-    # In a thread, `Vault.write` can start the event loop that it needs also in a notebook.
-    with ThreadPoolExecutor(1) as thread, storage("exporting to", path, "make room there"):
-        for episodes in iterate_episodes(name, uid, rel_dir, percentiles):
+    vault = None
+    with storage("exporting to", path, "make room there"):
+        for episodes in iterate_episodes(name, uid, rel_dir, OG_MARL_PARTS[part]):
             experience = to_og_marl(episodes, metadata)
             # Chunks of 10,000 timesteps: about 5 MB of observations.
             vault = vault or make_vault(config, experience, 10_000, {"recording": metadata})
-            thread.submit(write_vault, vault, experience).result()
+            write_vault(vault, experience)
         partial.rename(path)
     return path
 
@@ -1787,7 +1800,7 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
 
 def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     """What is in a vault: returns, lengths and actions, in each third of the training."""
-    vaults, metadata = open_parts(name, uid, rel_dir)
+    stores, num_timesteps, metadata = open_recording(name, uid, rel_dir)
     episodes = load_episodes(name, uid, rel_dir, leaves=("action",))
     returns, length = episodes.episode_return, episodes.length
     low, high = float(returns.min(initial=0)), float(returns.max(initial=0))
@@ -1798,12 +1811,12 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
         np.linspace(0, length.max(initial=1), 11),
         np.arange(metadata["num_actions"] + 1) - 0.5,
     )
-    num_rows = sum(vault._all_datastores["done"].shape[0] for vault in vaults)
-    third = 3 * episodes.recorded_at // max(1, vaults[0].vault_index * num_rows)
-    colors = ("#A6CEE3", "#4292C6", "#08306B")  # their lightness tells them apart
+    num_steps = num_timesteps * stores["done"].shape[0]
+    third = 3 * episodes.recorded_at // max(1, num_steps)
 
     figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[4, 4, 5])
+    colors = ("#A6CEE3", "#4292C6", "#08306B")  # their lightness tells them apart
     for part, ordinal in enumerate(("first", "second", "last")):
         chosen = third == part
         label = f"{ordinal} third of training: {chosen.sum():,} episodes"
@@ -1812,16 +1825,20 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
         for axes, value, edges in zip(panels, values, bins, strict=True):
             percent = 100 * np.histogram(value, edges)[0] / max(1, value.size)
             bar = 0.28 * np.diff(edges)
-            center = (edges[:-1] + edges[1:]) / 2
-            axes.bar(center + (part - 1) * bar, percent, bar, color=colors[part], label=label)
+            center = (edges[:-1] + edges[1:]) / 2 + (part - 1) * bar
+            axes.bar(center, percent, bar, color=colors[part], label=label)
     panels[0].set(xlabel="Episode return", ylabel="Share of episodes (%)")
     panels[1].set(xlabel="Episode length (timesteps)", ylabel="Share of episodes (%)")
     panels[2].set(xlabel="Action of an agent", ylabel="Share of actions (%)")
-    actions = metadata.get("task", {}).get("actions") or range(metadata["num_actions"])
-    labels = [str(action).replace(" ", "\n") for action in actions]
-    panels[2].set_xticks(range(len(labels)), labels, fontsize="small")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small")
+    actions = metadata["task"]["actions"] or range(metadata["num_actions"])
+    names = [str(action).replace(" ", "\n") for action in actions]
+    panels[2].set_xticks(range(len(names)), names, fontsize="small")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        fontsize="small",
+    )
     return figure
 
 
@@ -1844,6 +1861,26 @@ def animate_episode(
     return len(states)
 
 
+def save_results(
+    result: "ExperimentResult", task: Task, env: Environment, actor: TrainState
+) -> None:
+    """Write the metrics and draw the pictures of a finished run; what fails is a warning."""
+    config, vault = result.config, result.config.vault
+    path = run_path(config.results.rel_dir, vault)
+    with optional("writing metrics.json"):
+        write_metrics(config, task, result.evaluations, result.absolute_metric)
+    with optional("drawing learning_curve.png"):
+        plot_learning_curve(result.evaluations).savefig(path / "learning_curve.png")
+    if vault.save:
+        with optional("drawing dataset.png"):
+            plot_dataset(vault.name, vault.uid, vault.rel_dir).savefig(path / "dataset.png")
+    if config.results.animation:
+        with optional("drawing episode.gif"):
+            actor, greedy = jax.device_get(actor), config.arch.evaluation_greedy
+            animate_episode(env, actor, path / "episode.gif", config.system.seed, greedy)
+    print(f"results: {', '.join(sorted(x.name for x in path.glob('*.*')))} in {path}")
+
+
 # ------------------------------------------------------------------------------------------------
 # RUN
 # ------------------------------------------------------------------------------------------------
@@ -1851,6 +1888,11 @@ def animate_episode(
 
 class TrainingError(RuntimeError):
     """A loss or a parameter became infinite or not a number; the message is one line."""
+
+    def __init__(self, step_count: int):
+        problem = f"a loss or a parameter is infinite or not a number at step {step_count:,}"
+        remedy = "lower system.actor_lr or system.critic_lr"
+        super().__init__(f"{problem}: what came before is recorded; {remedy}")
 
 
 class ExperimentResult(NamedTuple):
@@ -1869,10 +1911,6 @@ class ExperimentResult(NamedTuple):
         return np.array([evaluation.episode_return.mean() for evaluation in self.evaluations])
 
 
-# Whose versions are kept in the vault's metadata.
-PACKAGES = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
-
-
 def describe_evaluation(evaluation: Evaluation, is_first: bool, num_written: int | None) -> str:
     """One line about an evaluation; the first one's speed has the learner's compiling in it."""
     losses = "".join(f", {name} {value:.4f}" for name, value in evaluation.losses.items())
@@ -1883,15 +1921,6 @@ def describe_evaluation(evaluation: Evaluation, is_first: bool, num_written: int
         f"length {evaluation.episode_length.mean():.0f}{losses}"
         f"{f', vault written to {num_written:,}' if num_written is not None else ''}"
     )
-
-
-@contextlib.contextmanager
-def optional(what: str) -> Iterator[None]:
-    """A run goes on without what fails here."""
-    try:
-        yield
-    except Exception as error:
-        warnings.warn(f"{what} failed: {error}", stacklevel=3)
 
 
 def run_experiment(config: Config = Config(), env: Environment | None = None) -> ExperimentResult:
@@ -1906,6 +1935,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
     mesh = Mesh(np.array(jax.devices()), ("device",))
     config = check_config(config, mesh.size, env)
     system, arch, checkpoint, vault = config.system, config.arch, config.checkpoint, config.vault
+    saves_results = config.results.save and is_first_process
     num_updates_per_eval = system.num_updates // arch.num_evaluation
     task = find_task(config.env, env)
     env = make_env(config.env, system.add_agent_id, env)
@@ -1914,42 +1944,31 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
     key, eval_key, params_key = jax.random.split(jax.random.PRNGKey(system.seed), 3)
     record = functools.partial(select_leaves, extra_leaves=vault.extra_leaves)
     learn = make_learn(env, system, num_updates_per_eval, mesh, record)
-    evaluate_actor = make_evaluate(env, arch.num_eval_episodes, arch.evaluation_greedy, mesh)
+    evaluate_parts = make_evaluate(env, arch.num_eval_episodes, arch.evaluation_greedy, mesh)
     init = functools.partial(init_learner, env=env, config=config, mesh=mesh)
     experience = jax.eval_shape(learn, jax.eval_shape(init, key, params_key)).experience
     *axes, num_agents, num_actions = experience["legal_action_mask"].shape
     steps_per_evaluation = math.prod(axes)
     own_shape = lambda x: jax.ShapeDtypeStruct((jax.local_device_count(), *x.shape[1:]), x.dtype)
     experience = jax.tree.map(own_shape, experience)  # of this process
-    buffer_capacity(vault, experience)  # refused before anything is made
+    if vault.save:
+        buffer_capacity(vault, experience)  # refused before anything is made
     state = init(key, params_key)
     params = get_params(state)
     if checkpoint.load_params:
         loaded = broadcast(load_params(checkpoint.load_params) if is_first_process else None)
         same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, loaded)
         require(same, f"checkpoint.load_params {checkpoint.load_params!r} has other networks")
-        params = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), loaded, params)
+        params = jax.tree.map(place_as, loaded, params)
         actor = state.actor.replace(params=params.actor)
-        critic = state.critic.replace(params=params.critic)
-        state = state._replace(actor=actor, critic=critic)
+        state = state._replace(actor=actor, critic=state.critic.replace(params=params.critic))
     progress = Progress(state, eval_key, params, -math.inf, [])
-    metadata = {
-        **dataclasses.asdict(config),
-        "task": {name: getattr(task, name) for name in ("environment", "folder", "actions")},
-        "policy": {"params": checkpoint.load_params or "initial", "episode_return": None},
-        "num_agents": num_agents,
-        "num_actions": num_actions,
-        "num_devices": jax.local_device_count(),
-        "process": {"index": jax.process_index(), "count": jax.process_count()},
-        "num_updates_per_eval": num_updates_per_eval,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    recorder = manager = results = absolute_metric = None
+    recorder = manager = absolute_metric = None
 
     with contextlib.ExitStack() as stack:
 
         @stack.push
-        def report(error_type, error, _):  # when all is written
+        def tell_how_to_go_on(error_type, error, _):
             if error_type is KeyboardInterrupt and checkpoint.save:
                 done = f"after {len(progress.evaluations)} of {arch.num_evaluation} evaluations"
                 flags = f"--checkpoint.resume --vault.uid {vault.uid}"
@@ -1959,29 +1978,24 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
 
         # RESUME, or begin in folders of its own
+        path, own_vault = run_path(checkpoint.rel_dir, vault), part_of(vault)
         if checkpoint.save and is_first_process:
-            path = run_path(checkpoint.rel_dir, vault)
             stack.enter_context(claim(path, exist_ok=checkpoint.resume))
             manager = stack.enter_context(open_checkpoints(path))
         if checkpoint.resume:
             progress = load_checkpoint(manager, config, progress)
+            if progress.state is state:
+                print(f"there is no checkpoint in {path}: the run starts from the beginning")
+                if vault.save and run_path(vault.rel_dir, own_vault).exists():
+                    recorded, _ = open_vault(vault.name, own_vault.uid, vault.rel_dir)
+                    holds_data = f"vault.uid {vault.uid!r} holds data: choose another"
+                    require(recorded.vault_index == 0, holds_data)
         num_done = len(progress.evaluations)
-        own_vault = part_of(vault)
-        own_path = run_path(own_vault.rel_dir, own_vault)
-        if checkpoint.resume and progress.state is state:
-            path = run_path(checkpoint.rel_dir, vault)
-            print(f"there is no checkpoint in {path}: the run starts from the beginning")
-            if vault.save and own_path.exists():
-                recorded = open_vault(own_vault.name, own_vault.uid, vault.rel_dir)[0].vault_index
-                require(not recorded, f"vault.uid {vault.uid!r} holds data: choose another")
         if vault.save:
+            metadata = describe_recording(config, task, experience)
             num_written = num_done if checkpoint.resume else None
             recorder = Recorder(own_vault, experience, metadata, mesh.local_mesh, num_written)
             stack.enter_context(recorder)
-        if config.results.save and is_first_process:
-            results = run_path(config.results.rel_dir, vault)
-            with optional(f"making {results}"):
-                results.mkdir(parents=True, exist_ok=checkpoint.resume)
         print(
             f"ff_ippo on {task.scenario}: {num_agents} agents, {num_actions} actions, seed "
             f"{system.seed}, {mesh.size} x {jax.devices()[0].device_kind}\n"
@@ -2014,6 +2028,10 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
         def call(function, *arguments):
             return compute.submit(lambda: jax.block_until_ready(function(*arguments))).result()
 
+        def evaluate_actor(actor, key):
+            key, *keys = jax.random.split(key, mesh.size + 1)
+            return key, gather(evaluate_parts(actor, np.stack(keys)))
+
         hidden = not sys.stdout.isatty() and "ipykernel" not in sys.modules
         bar = tqdm(total=arch.num_evaluation, initial=num_done, file=sys.stdout, disable=hidden)
         stack.enter_context(bar)
@@ -2029,10 +2047,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 finite, losses = jax.device_get((finite, losses))
                 if not finite.all():
                     num_updates = index * num_updates_per_eval + int(finite.argmin()) + 1
-                    steps = num_updates * steps_per_evaluation // num_updates_per_eval
-                    problem = f"a loss or a parameter is infinite or not a number at step {steps:,}"
-                    remedy = "lower system.actor_lr or system.critic_lr"
-                    raise TrainingError(f"{problem}: what came before is recorded; {remedy}")
+                    raise TrainingError(num_updates * steps_per_evaluation // num_updates_per_eval)
 
                 # RECORD
                 if recorder:
@@ -2041,18 +2056,16 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 del experience  # so that it is not held while the next is made
 
                 # EVALUATE the parameters that the update has just produced
-                eval_key, *keys = jax.random.split(progress.eval_key, mesh.size + 1)
-                evaluated = call(evaluate_actor, state.actor, np.stack(keys))
-                evaluated, metrics = call(gather, (evaluated, metrics))
-                best = progress.best_params, progress.best_return
+                eval_key, evaluated = call(evaluate_actor, state.actor, progress.eval_key)
                 mean_return = float(evaluated.episode_return.mean())
+                best = progress.best_params, progress.best_return
                 if mean_return >= progress.best_return:
                     best = get_params(state), mean_return
 
                 # LOG
-                now = time.perf_counter()
+                metrics = call(gather, metrics)
                 train_returns = metrics.episode_return[metrics.done].tolist()
-                past = progress.evaluations
+                past, now = progress.evaluations, time.perf_counter()
                 evaluation = Evaluation(
                     step_count=(index + 1) * steps_per_evaluation,
                     elapsed_time=past[-1].elapsed_time + now - last_time if past else 0.0,
@@ -2065,12 +2078,12 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 )
                 last_time = now
                 progress = Progress(state, eval_key, *best, [*past, evaluation])
-                num_timesteps = recorder.num_timesteps * jax.process_count() if recorder else None
+                num_timesteps = recorder.num_timesteps if recorder else None
                 line = describe_evaluation(evaluation, index == num_done, num_timesteps)
                 tqdm.write(line, file=sys.stdout)
                 bar.update()
                 # The file is written whole: rarer as it grows, so that this stays linear in time.
-                if results and index % (1 + index // 200) == 0:
+                if saves_results and index % (1 + index // 200) == 0:
                     with optional("writing metrics.json"):
                         write_metrics(config, task, progress.evaluations)
                 if index % vault.save_interval == 0:
@@ -2085,20 +2098,18 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
         if arch.absolute_metric:
             eval_key, returns = progress.eval_key, np.zeros(0, np.float32)
             while len(returns) < arch.num_absolute_metric_eval_episodes:
-                eval_key, *keys = jax.random.split(eval_key, mesh.size + 1)
-                evaluated = call(evaluate_actor, actor, np.stack(keys))
-                returns = np.append(returns, call(gather, evaluated.episode_return))
+                eval_key, evaluated = call(evaluate_actor, actor, eval_key)
+                returns = np.append(returns, evaluated.episode_return)
             absolute_metric = float(returns[: arch.num_absolute_metric_eval_episodes].mean())
 
     multihost_utils.sync_global_devices("recorded")
-    num_timesteps = recorder.num_timesteps * jax.process_count() if recorder else 0
+    num_timesteps, path = (recorder.num_timesteps, recorder.path) if recorder else (0, None)
     evaluations, params = progress.evaluations, jax.device_get(progress.best_params)
-    path = recorder.path if recorder else None
     result = ExperimentResult(config, path, num_timesteps, evaluations, params, absolute_metric)
     if recorder and not system.learn:
-        metadata["policy"]["episode_return"] = float(result.evaluation_returns.mean())
+        mean_return = float(result.evaluation_returns.mean())
         with optional("writing metadata.json"):
-            update_metadata(recorder.path, {"policy": metadata["policy"]})
+            update_metadata(path, {"policy": {**metadata["policy"], "episode_return": mean_return}})
     if not is_first_process:
         return result
     seconds = round(time.perf_counter() - start_time)
@@ -2108,31 +2119,18 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
     if recorder:
         paths = part_paths(run_path(vault.rel_dir, vault))
         files = (file for path in paths for file in path.rglob("*"))
-        size = sum(file.stat().st_size for file in files if file.is_file())
-        where = ", ".join(map(str, sorted(paths)))
-        print(f"vault: {result.num_timesteps:,} steps, {size / 1e6:,.1f} MB in {where}")
+        size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+        print(f"vault: {num_timesteps:,} steps, {size:,.1f} MB in {', '.join(map(str, paths))}")
         opened = f"Vault({vault.name!r}, vault_uid={own_vault.uid!r}, rel_dir={vault.rel_dir!r})"
         print(f"read it with: from flashbax.vault import Vault; {opened}.read()")
 
     # EXPORT, and RESULTS
-    recording = (vault.name, vault.uid, vault.rel_dir)
     if recorder and vault.og_marl:
         with optional("the export"):
-            print(f"in OG-MARL's layout: {export_og_marl(*recording)}")
-    if results:
-        with optional("writing metrics.json"):
-            write_metrics(config, task, result.evaluations, absolute_metric)
-        with optional("drawing learning_curve.png"):
-            plot_learning_curve(result.evaluations).savefig(results / "learning_curve.png")
-        if recorder:
-            with optional("drawing dataset.png"):
-                plot_dataset(*recording).savefig(results / "dataset.png")
-        if config.results.animation:
-            with optional("drawing episode.gif"):
-                path = results / "episode.gif"
-                actor, greedy = jax.device_get(actor), arch.evaluation_greedy
-                animate_episode(env, actor, path, system.seed, greedy)
-        print(f"results: {', '.join(sorted(x.name for x in results.glob('*.*')))} in {results}")
+            export = export_og_marl(vault.name, vault.uid, vault.rel_dir)
+            print(f"in OG-MARL's layout: {export}")
+    if saves_results:
+        save_results(result, task, env, actor)
     return result
 
 
@@ -2150,26 +2148,25 @@ def main() -> None:
         # What Orbax and TensorStore say of an error that is reported in one line below.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         sys.unraisablehook = lambda _: None
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number, _):
-        for each in handlers:
+        for each in signals:
             signal.signal(each, signal.SIG_DFL)  # a second signal stops at once
         raise KeyboardInterrupt(number)
 
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in handlers:
-        signal.signal(each, stop)
-    problem = None
+    handlers = {each: signal.signal(each, stop) for each in signals}
     try:
         run_experiment(config)
+        return
     except (ConfigError, RecordingError, TrainingError, FileNotFoundError) as error:
-        problem = f"error: {error}"
+        problem = str(error)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            problem = "error: out of memory: lower arch.num_envs, or vault.max_length if it is set"
+            problem = "out of memory: lower arch.num_envs, or vault.max_length if it is set"
         elif jax.process_count() > 1:
             reason = str(error).splitlines()[0]
-            problem = f"error: another process has ended ({reason}): use checkpoint.resume on all"
+            problem = f"another process has ended ({reason}): use checkpoint.resume on all"
         else:
             raise
     except KeyboardInterrupt as interrupt:
@@ -2182,11 +2179,10 @@ def main() -> None:
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
-    if problem and jax.process_count() > 1:
-        print(problem, file=sys.stderr, flush=True)
-        os._exit(1)  # not waiting for the others
-    if problem:
-        sys.exit(problem)
+    if jax.process_count() == 1:
+        sys.exit(f"error: {problem}")
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    os._exit(1)  # not waiting for the others
 
 
 if __name__ == "__main__":
