@@ -1688,7 +1688,7 @@ def to_og_marl(episodes: Episodes, metadata: dict[str, Any]) -> dict[str, ArrayT
     transitions = episodes.transitions
     num_ids = metadata["num_agents"] if metadata["system"]["add_agent_id"] else 0
     observation = transitions["observation"][..., num_ids:]
-    state = observation.reshape(len(observation), -1)
+    state = observation.reshape(len(observation), math.prod(observation.shape[1:]))
     truncated = transitions.get("truncation")
     if truncated is None:
         # RobotWarehouse's vault, as the original's, has no leaf that tells: an episode as long as
