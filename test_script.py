@@ -1735,8 +1735,9 @@ def benchmark(config):
     if config.checkpoint.load_params:
         params = ippo.load_params(config.checkpoint.load_params)
         params = jax.device_put(params, ippo.shardings(mesh)[0])
-        trained = (each.replace(params=new) for each, new in zip(state[:2], params, strict=True))
-        calls["trained"] = (block, ippo.LearnerState(*trained, state.rollout))
+        actor, critic = state.actor, state.critic
+        actor, critic = actor.replace(params=params.actor), critic.replace(params=params.critic)
+        calls["trained"] = (block, state._replace(actor=actor, critic=critic))
     times = medians(calls, REPEATS)
     size = sum(file.stat().st_size for file in recorder.path.rglob("*") if file.is_file())
     bytes_per_step = size / (recorder.vault.vault_index * recorder.num_rows)
