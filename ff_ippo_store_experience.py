@@ -322,8 +322,8 @@ def check_config(config: Config, num_devices: int, env: "Environment | None" = N
 IS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not pasted into a notebook
 if IS_SCRIPT and (arch := tyro.cli(Config).arch).distributed:
     # Where process 0 dies, JAX ends the others with a page of text: one line of it is passed on.
-    script = r"""/^ +@|^\*\*\*|GRPC|grpc|preemption_sync|coordination_service/d
-        s/^F.*Terminating process.*/error: another process ended: use checkpoint.resume on all/"""
+    script = r"""/^[EW][0-9]+ .*(preemption_sync|coordination_service)|GRPC|grpc|googleapis/d
+        /^F.*Terminating/{s/.*/error: another process ended: use checkpoint.resume on all/;q}"""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     passed_on = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "start_new_session": True}
     os.dup2(subprocess.Popen(["sed", "-uE", script], **passed_on).stdin.fileno(), 2)
