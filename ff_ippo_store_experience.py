@@ -42,7 +42,6 @@ import datetime
 import errno
 import fcntl
 import functools
-import glob
 import importlib.metadata
 import io
 import json
@@ -50,6 +49,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import secrets
 import shutil
 import signal
@@ -367,7 +367,8 @@ def part_of(config: VaultConfig) -> VaultConfig:
 
 def part_paths(path: Path) -> list[Path]:
     """The vaults of a recording, by process: its folder, or UID-p0of2 and so on."""
-    parts = path.parent.glob(f"{glob.escape(path.name)}-p*of*")
+    is_part = re.compile(re.escape(path.name) + r"-p\d+of\d+").fullmatch  # and not UID-profile
+    parts = [part for part in path.parent.glob("*") if is_part(part.name)]
     in_order = sorted(parts, key=lambda part: (len(part.name), part.name))  # p2of12 before p10of12
     return [path] if path.exists() or not in_order else in_order
 
@@ -666,7 +667,7 @@ def init_networks(
 
 
 def act(actor: TrainState, observation: Observation, keys: PRNGKey, greedy: bool = False) -> Array:
-    """Actions (B, N) int32, sampled by K `keys` (K, 2), each for the next B / K environments."""
+    """Actions (B, N) int32 on observations (B, N, .); each of K `keys` (K, 2) samples B / K."""
     logits = actor.apply_fn(actor.params, observation)
     if greedy:  # the most probable actions
         return distrax.Categorical(logits).mode()
@@ -1268,7 +1269,7 @@ class Recorder(contextlib.AbstractContextManager):
         """Create the buffer and the vault for leaves (D, NU, UB, T, NE, ...), arrays or shapes.
 
         `num_written` is for going on with a vault, after as many rollouts of each row: what it
-        holds past them is overwritten.  A `ConfigError` says where the buffer could lose data or
+        holds past them is overwritten.  A `ConfigError` says where the buffer cannot hold one or
         does not fit into memory, or the vault is another's.
         """
         *axes, self.rollout_length, num_envs = jax.tree.leaves(experience)[0].shape[:5]
@@ -1283,7 +1284,7 @@ class Recorder(contextlib.AbstractContextManager):
         )
         transition = jax.tree.map(lambda x: jnp.zeros(x.shape[5:], x.dtype), experience)
         self.buffer_state = jax.jit(buffer.init, out_shardings=buffer_shardings)(transition)
-        # In place: the buffer is much larger than what is added.
+        # In place: there is no second copy of the buffer.
         add = lambda state, experience: buffer.add(state, reshape_experience(experience))
         self.add_to_buffer = jax.jit(add, donate_argnums=0)
         # A slice of a default rollout takes 1 ms, indexing with an array of timesteps 36.

@@ -1494,6 +1494,7 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
     with pytest.warns(UserWarning, match=r"without the parts \[1\]"):
         half = ippo.load_episodes(name, "a", str(together))
     shutil.copytree(tmp_path / "1/vaults", together, dirs_exist_ok=True)
+    shutil.copytree(together / name / "a-p0of2", together / name / "a-profile")  # is no part of it
     whole = tmp_path / "vaults" / name / "a"
     parts = [read_vault(together / name / f"a-p{index}of2") for index in range(2)]
     assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), read_vault(whole))
