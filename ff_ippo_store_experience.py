@@ -93,27 +93,21 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 
 
-class Bound(NamedTuple):
-    """What a field of the configuration accepts; its words stand in the help and in the error."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def bounded(words: str, holds: Callable[[Any], bool]) -> tuple[Bound, Any]:
-    """Annotations of a field, for `check_config` and for the command line."""
+def bounded(kind: Any, words: str, holds: Callable[[Any], bool]) -> Any:
+    """The type of a field that has a bound, whose words stand in its help and in its error."""
     hint = tyro.conf.arg(help_behavior_hint=lambda default: f"({words}; default: {default})")
-    return Bound(words, holds), hint
+    return Annotated[kind, words, holds, hint]
 
 
-AT_LEAST_1 = bounded("at least 1", lambda value: value >= 1)
-Count, OptionalCount = Annotated[int, *AT_LEAST_1], Annotated[int | None, *AT_LEAST_1]
-Seed = Annotated[int, *bounded("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)]
-Positive = Annotated[float, *bounded("above 0", lambda value: value > 0)]
-NotNegative = Annotated[float, *bounded("at least 0", lambda value: value >= 0)]
-Fraction = Annotated[float, *bounded("from 0 to 1", lambda value: 0 <= value <= 1)]
-UNITS = bounded("layers of at least 1 unit", lambda sizes: all(size >= 1 for size in sizes))
-LayerSizes = Annotated[tuple[int, ...], *UNITS]
+Count = bounded(int, "at least 1", lambda value: value >= 1)
+OptionalCount = bounded(int | None, "at least 1", lambda value: value is None or value >= 1)
+Seed = bounded(int, "from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
+Positive = bounded(float, "above 0", lambda value: value > 0)
+NotNegative = bounded(float, "at least 0", lambda value: value >= 0)
+Fraction = bounded(float, "from 0 to 1", lambda value: 0 <= value <= 1)
+LayerSizes = bounded(
+    tuple[int, ...], "layers of at least 1 unit", lambda sizes: all(size >= 1 for size in sizes)
+)
 
 
 @dataclass(frozen=True)
@@ -245,45 +239,44 @@ def run_path(rel_dir: str, config: VaultConfig) -> Path:
 
 def check_config(config: Config, num_devices: int, env: "Environment | None" = None) -> Config:
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
+
+    def check(name, holds, bound):
+        group, field = name.split(".")
+        value = getattr(getattr(config, group), field)
+        require(holds, f"{name} is {value}: it must {bound}")
+
     for group, settings in vars(config).items():
         for name, hint in get_type_hints(type(settings), include_extras=True).items():
-            value = getattr(settings, name)
-            for bound in getattr(hint, "__metadata__", ()):
-                if isinstance(bound, Bound) and not (value is None or bound.holds(value)):
-                    raise ConfigError(f"{group}.{name} is {value}: it must be {bound.words}")
+            words, holds, *_ = getattr(hint, "__metadata__", ("", lambda _: True))
+            check(f"{group}.{name}", holds(getattr(settings, name)), f"be {words}")
 
-    system, arch, vault, checkpoint = config.system, config.arch, config.vault, config.checkpoint
+    system, arch, checkpoint, vault = config.system, config.arch, config.checkpoint, config.vault
     transitions = system.rollout_length * arch.num_envs
-    problem = f"arch.num_envs is {arch.num_envs}: a rollout has too many transitions for 32 bits"
-    require(system.update_batch_size * transitions < 2**31, problem)
-    product = f"system.rollout_length * arch.num_envs, {transitions}"
-    problem = f"system.num_minibatches is {system.num_minibatches}: it must divide {product}"
-    require(transitions % system.num_minibatches == 0, problem)
-    multiple = f"a multiple of the number of devices, {num_devices}"
-    problem = f"arch.num_eval_episodes is {arch.num_eval_episodes}: it must be {multiple}"
-    require(arch.num_eval_episodes % num_devices == 0, problem)
+    few = system.update_batch_size * transitions < 2**31
+    check("arch.num_envs", few, "be lower: a rollout has too many transitions for 32 bits")
+    divide = f"divide system.rollout_length * arch.num_envs, {transitions}"
+    check("system.num_minibatches", transitions % system.num_minibatches == 0, divide)
+    multiple = f"be a multiple of the number of devices, {num_devices}"
+    check("arch.num_eval_episodes", arch.num_eval_episodes % num_devices == 0, multiple)
     updates, evaluations = system.num_updates, arch.num_evaluation
     if system.total_timesteps is not None:
         steps = num_devices * system.update_batch_size * transitions * evaluations
         updates = math.ceil(system.total_timesteps / steps) * evaluations
         system = dataclasses.replace(system, num_updates=updates)
-    multiple = f"a multiple of arch.num_evaluation, {evaluations}"
     remedy = f"set arch.num_evaluation to {math.gcd(updates, evaluations)}, say"
-    problem = f"system.num_updates is {updates}: it must be {multiple}: {remedy}"
-    require(updates % evaluations == 0, problem)
+    multiple = f"be a multiple of arch.num_evaluation, {evaluations}: {remedy}"
+    check("system.num_updates", updates % evaluations == 0, multiple)
     unknown = [name for name in vault.extra_leaves if name not in EXTRA_LEAVES]
     require(not unknown, f"vault.extra_leaves {unknown}: choose from {', '.join(EXTRA_LEAVES)}")
     try:
         tensorstore.Spec({"driver": "zarr", "metadata": {"compressor": vault.compression}})
     except ValueError as error:
         raise ConfigError(f"vault.compression {vault.compression} is unknown") from error
-    if arch.distributed:
-        problem = "arch.distributed needs jax.distributed.initialize before this file is imported"
-        require(jax.distributed.is_initialized(), problem)
-    if checkpoint.resume:
-        require(bool(vault.uid), "checkpoint.resume needs vault.uid, the run that is to go on")
-        problem = "checkpoint.resume needs checkpoint.save: only a run that saved any can go on"
-        require(checkpoint.save, problem)
+    initialised = not arch.distributed or jax.distributed.is_initialized()
+    problem = "arch.distributed needs jax.distributed.initialize before this file is imported"
+    require(initialised, problem)
+    resumable = not checkpoint.resume or (checkpoint.save and vault.uid)
+    require(resumable, "checkpoint.resume needs checkpoint.save, and the vault.uid of the run")
 
     task = find_task(config.env, env)
     name = f"ff_ippo_{task.folder}" if vault.name == VaultConfig.name else vault.name
@@ -490,11 +483,6 @@ class AgentWrapper(Wrapper):
         return state, timestep.replace(
             observation=observation, reward=reward, discount=discount, extras={}
         )
-
-
-def observation_shape(env: Environment) -> Observation:
-    """Shapes and dtypes of one environment's observation, without leading axes."""
-    return jax.eval_shape(env.reset, jax.random.PRNGKey(0))[1].observation
 
 
 class EpisodeMetrics(NamedTuple):
@@ -794,12 +782,20 @@ def critic_loss(
 # LEARNER
 # ------------------------------------------------------------------------------------------------
 
+# How arrays lie on the devices: the same on each, or spread along their first axis.
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec("device")
 
 
-def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-    """How arrays lie on the devices: the same on each, or spread along their first axis."""
-    return NamedSharding(mesh, REPLICATED), NamedSharding(mesh, SHARDED)
+def place_as(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
+    """A tree of arrays, on the devices as those of the tree `like` lie there."""
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, like))
+
+
+class Params(NamedTuple):
+    """Parameters of both networks."""
+
+    actor: ArrayTree
+    critic: ArrayTree
 
 
 class LearnerState(NamedTuple):
@@ -808,10 +804,24 @@ class LearnerState(NamedTuple):
     Outside `learn`, the first axis of the keys and of the environments is D times as long.
     """
 
-    actor: TrainState  # the same on every device
-    critic: TrainState  # the same on every device
+    actor: TrainState
+    critic: TrainState
     keys: PRNGKey  # (UB, 2) uint32
     env_state: EnvState  # (UB * NE, ...)
+
+    @property
+    def params(self) -> Params:
+        """The parameters of both networks."""
+        return Params(self.actor.params, self.critic.params)
+
+    def with_params(self, params: Params) -> "LearnerState":
+        """The same with these parameters, placed as its own."""
+        actor, critic = place_as(params, self.params)
+        actor, critic = self.actor.replace(params=actor), self.critic.replace(params=critic)
+        return self._replace(actor=actor, critic=critic)
+
+
+STATE_SPECS = LearnerState(actor=REPLICATED, critic=REPLICATED, keys=SHARDED, env_state=SHARDED)
 
 
 def init_learner(
@@ -819,29 +829,19 @@ def init_learner(
 ) -> LearnerState:
     """The initial state on the mesh's devices: both networks by `params_key`, the rest by `key`."""
     num_sets = mesh.size * config.system.update_batch_size
-    observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation_shape(env))
 
     def init(key, params_key):
-        actor, critic = init_networks(config, observation, params_key)
         keys = jax.random.split(key, num_sets * config.arch.num_envs + 1)
         policy_keys = jax.random.split(keys[0], num_sets + 1)[1:]
         env_state = reset_environments(env, jax.vmap(jax.random.split)(keys[1:])[:, 1])
         # With a dtype of their own also where an environment puts Python's numbers into its state.
         env_state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), env_state)
+        actor, critic = init_networks(config, env_state.observation, params_key)
         return LearnerState(actor, critic, policy_keys, env_state)
 
     # Placed as `learn` places its outputs: otherwise its second call would compile it again.
-    replicated, sharded = shardings(mesh)
-    state_shardings = LearnerState(replicated, replicated, sharded, sharded)
-    return jax.jit(init, out_shardings=state_shardings)(key, params_key)
-
-
-def shuffle(keys: PRNGKey, num_epochs: int, num_transitions: int) -> tuple[PRNGKey, Array]:
-    """New keys (UB, 2), and permutations (num_epochs, UB, T * NE) int32 of the transitions."""
-    split = jax.vmap(jax.random.split, out_axes=1)
-    keys, shuffle_keys = jax.lax.scan(lambda keys, _: tuple(split(keys)), keys, None, num_epochs)
-    permute = jax.vmap(jax.vmap(lambda key: jax.random.permutation(key, num_transitions)))
-    return keys, permute(shuffle_keys)
+    shardings = LearnerState(*(NamedSharding(mesh, spec) for spec in STATE_SPECS))
+    return jax.jit(init, out_shardings=shardings)(key, params_key)
 
 
 def update_minibatch(
@@ -899,13 +899,17 @@ def update(
     )
 
     # MINIBATCHES: each of the UB sets shuffles its own transitions, counted in the order of (T, NE)
-    num_sets, num_envs = config.update_batch_size, advantage.shape[1] // config.update_batch_size
-    keys, permutation = shuffle(keys, config.ppo_epochs, config.rollout_length * num_envs)
+    num_epochs, num_sets = config.ppo_epochs, config.update_batch_size
+    num_envs = advantage.shape[1] // num_sets
+    split = jax.vmap(jax.random.split, out_axes=1)
+    keys, shuffle_keys = jax.lax.scan(lambda keys, _: tuple(split(keys)), keys, None, num_epochs)
+    permute = functools.partial(jax.random.permutation, x=config.rollout_length * num_envs)
+    permutation = jax.vmap(jax.vmap(permute))(shuffle_keys)
     timestep, env_index = jnp.divmod(permutation, num_envs)  # (epochs, UB, T * NE)
     set_index = jnp.arange(num_sets)[:, None]
     indices = (timestep * num_sets + set_index) * num_envs + env_index  # in (T, UB, NE)
     # (epochs, UB, minibatches * M) -> (epochs * minibatches, UB, M)
-    indices = indices.reshape(config.ppo_epochs, num_sets, config.num_minibatches, -1)
+    indices = indices.reshape(num_epochs, num_sets, config.num_minibatches, -1)
     indices = indices.swapaxes(1, 2).reshape(-1, num_sets, indices.shape[-1])
     # (T, UB * NE, ...) -> (T * UB * NE, ...)
     flatten = lambda x: x.reshape(-1, *x.shape[2:])
@@ -943,7 +947,7 @@ def make_learn(
 
     def step(state, _):
         state, (transitions, losses) = update(state, env, config)
-        checked = jax.tree.leaves((losses, state.actor.params, state.critic.params))
+        checked = jax.tree.leaves((losses, state.params))
         finite = jnp.array([jnp.isfinite(x).all() for x in checked]).all()
         outputs = jax.tree.map(split, (record(transitions), transitions.metrics))
         return state, (*outputs, losses, finite)
@@ -953,9 +957,8 @@ def make_learn(
         experience, metrics = jax.tree.map(lambda x: x[None], (experience, metrics))  # D is 1 here
         return LearnerOutput(state, experience, metrics, *rest)
 
-    state_specs = LearnerState(REPLICATED, REPLICATED, SHARDED, SHARDED)
-    output_specs = LearnerOutput(state_specs, SHARDED, SHARDED, REPLICATED, REPLICATED)
-    specs = {"in_specs": (state_specs,), "out_specs": output_specs}
+    output_specs = LearnerOutput(STATE_SPECS, SHARDED, SHARDED, REPLICATED, REPLICATED)
+    specs = {"in_specs": (STATE_SPECS,), "out_specs": output_specs}
     return jax.jit(jax.shard_map(learn, mesh=mesh, check_vma=False, **specs))
 
 
@@ -1002,7 +1005,6 @@ class Evaluation(NamedTuple):
     episode_return: np.ndarray  # (num_eval_episodes,) float32
     episode_length: np.ndarray  # (num_eval_episodes,) int32, timesteps
     train_episode_return: float  # mean of the training episodes that ended since, nan if none did
-    num_train_episodes: int  # that ended since
     losses: dict[str, float]  # mean since, of "actor_loss", "value_loss" and "entropy"
 
 
@@ -1121,9 +1123,7 @@ def claim(path: Path, exist_ok: bool) -> io.TextIOBase:
 
 
 MAX_CHUNK_SIZE = 2**22  # elements in a chunk of the vault on disk: 16 MB of float32
-# Unless a single rollout has more:
-MAX_WRITE_SIZE = 2**19  # transitions in a write: 300 MB of two agents' observations
-MAX_BUFFER_SIZE = 2**30  # bytes of the buffer by default
+MAX_BUFFER_SIZE = 2**30  # bytes of the buffer by default, unless one rollout has more
 
 
 class ChunkedVault(Vault):
@@ -1238,8 +1238,8 @@ def buffer_capacity(config: VaultConfig, experience: Any) -> int:
         capacity = config.max_length // num_transitions
         least = f"at least {num_transitions} transitions, those between two evaluations"
         require(capacity > 0, f"vault.max_length is {config.max_length}: it must hold {least}")
-    # Beside the buffer, one rollout is being made and one is being written.
-    size = (capacity + 2) * rollout_size
+    # Beside the buffer and the copy of it that is being written, one rollout is being made.
+    size = (2 * capacity + 1) * rollout_size
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         available = stats["bytes_limit"] * jax.local_device_count()
@@ -1252,10 +1252,9 @@ def buffer_capacity(config: VaultConfig, experience: Any) -> int:
 
 
 class Recorder(contextlib.AbstractContextManager):
-    """Gathers experience in a buffer, and writes what is new in it to a vault.
+    """Gathers experience in a buffer, and writes it to a vault: what is left when it is closed.
 
-    It does so in order, in a thread of its own, beside the training: nothing else touches the
-    buffer or counts what was done.  Leaving the `with` block writes what is left.
+    It has a thread, for what is to be done beside the training, one thing after the other.
     """
 
     def __init__(
@@ -1276,21 +1275,18 @@ class Recorder(contextlib.AbstractContextManager):
         self.num_rows = math.prod(axes) * num_envs
         require(bool(config.uid) and config.save, "a recorder needs vault.uid and vault.save")
         self.capacity = buffer_capacity(config, experience)
-        # A whole number of rollouts, so that none lies around the end of the time axis.
         buffer = make_buffer(self.capacity * self.num_rows * self.rollout_length, self.num_rows)
-        replicated, sharded = shardings(mesh)
-        buffer_shardings = TrajectoryBufferState(
+        replicated, sharded = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, SHARDED)
+        shardings = TrajectoryBufferState(
             experience=sharded, current_index=replicated, is_full=replicated
         )
         transition = jax.tree.map(lambda x: jnp.zeros(x.shape[5:], x.dtype), experience)
-        self.buffer_state = jax.jit(buffer.init, out_shardings=buffer_shardings)(transition)
-        # In place: there is no second copy of the buffer.
-        add = lambda state, experience: buffer.add(state, reshape_experience(experience))
-        self.add_to_buffer = jax.jit(add, donate_argnums=0)
-        # A slice of a default rollout takes 1 ms, indexing with an array of timesteps 36.
-        read = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1)
-        read_all = lambda x, *where: jax.tree.map(lambda leaf: read(leaf, *where), x.experience)
-        self.read_buffer = jax.jit(read_all, static_argnums=2)  # state, start, length
+        self.buffer_state = jax.jit(buffer.init, out_shardings=shardings)(transition)
+
+        def add(state, experience, index):
+            return buffer.add(state.replace(current_index=index), reshape_experience(experience))
+
+        self.add_to_buffer = jax.jit(add, donate_argnums=0)  # in place: there is no second buffer
         self.path = run_path(config.rel_dir, config)
         if num_written is None or not (num_written or self.path.exists()):
             make_vault(config, self.buffer_state.experience, self.rollout_length, metadata)
@@ -1301,10 +1297,11 @@ class Recorder(contextlib.AbstractContextManager):
         for stale in self.path.rglob("*.__lock"):
             stale.unlink()
         self.vault, _ = open_vault(config.name, config.uid, config.rel_dir)
-        # Rollouts of each row.
-        self.num_resumed = self.num_added = self.num_written = num_written or 0
-        whole = self.vault.vault_index >= self.num_written * self.rollout_length
+        self.num_added = self.num_written = num_written or 0  # rollouts of each row
+        index = self.num_written * self.rollout_length
+        whole = self.vault.vault_index >= index
         require(whole, f"{self.path} holds less than its checkpoint: record it again")
+        self.vault.vault_index = index  # what was written past the last checkpoint is overwritten
         update_metadata(self.path, metadata)
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.last = self.thread.submit(int)  # what was begun last
@@ -1313,6 +1310,23 @@ class Recorder(contextlib.AbstractContextManager):
     def num_timesteps(self) -> int:
         """Environment steps that are on disk, also of the other processes, which write alike."""
         return self.num_written * self.num_rows * self.rollout_length * jax.process_count()
+
+    def add(self, experience: dict[str, Array]) -> None:
+        """Add leaves (D, NU, UB, T, NE, ...) to the buffer; writes it first where it is full."""
+        if self.num_added - self.num_written == self.capacity:
+            self.write()
+        index = np.int32((self.num_added - self.num_written) * self.rollout_length)
+        self.buffer_state = self.add_to_buffer(self.buffer_state, experience, index)
+        self.num_added += 1
+
+    def write(self) -> None:
+        """Write what was added since the last write; raises a `RecordingError` where it fails."""
+        length = (self.num_added - self.num_written) * self.rollout_length
+        with storage("writing the vault", self.path, "make room there, then use checkpoint.resume"):
+            write_vault(
+                self.vault, jax.tree.map(lambda x: x[:, :length], self.buffer_state.experience)
+            )
+        self.num_written = self.num_added
 
     def then(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call `function` in the thread, after all that was begun, if none of it failed."""
@@ -1323,44 +1337,14 @@ class Recorder(contextlib.AbstractContextManager):
 
         self.last = self.thread.submit(call)
 
-    def add(self, experience: dict[str, Array]) -> None:
-        """Begin to add leaves (D, NU, UB, T, NE, ...) to the buffer, after a `wait`."""
-        self.wait()
-        self.then(self._add, experience)
-
-    def write(self) -> None:
-        """Begin to write what was added since the last write."""
-        self.then(self._write)
-
     def wait(self) -> None:
-        """Wait until all that was begun has ended; raises a `RecordingError` where it failed."""
-        with storage("writing the vault", self.path, "make room there, then use checkpoint.resume"):
-            self.last.result()
+        """Wait until all that was begun has ended; raises what failed."""
+        self.last.result()
 
-    def _add(self, experience: dict[str, Array]) -> None:
-        if self.num_added - self.num_written == self.capacity:
-            self._write()  # who never asks for it loses nothing either
-        self.buffer_state = self.add_to_buffer(self.buffer_state, experience)
-        self.num_added += 1
-
-    def _write(self) -> None:
-        while self.num_written < self.num_added:
-            first = (self.num_written - self.num_resumed) % self.capacity
-            # Together, as each write makes files of its own; but no second copy of a large buffer.
-            largest = max(1, MAX_WRITE_SIZE // (self.num_rows * self.rollout_length))
-            count = min(self.num_added - self.num_written, self.capacity - first, largest)
-            start, length = first * self.rollout_length, count * self.rollout_length
-            experience = self.read_buffer(self.buffer_state, start, length)
-            # Not after what a run that was stopped had written past its last checkpoint.
-            self.vault.vault_index = self.num_written * self.rollout_length
-            write_vault(self.vault, jax.device_get(experience))
-            self.num_written += count
-
-    def __exit__(self, error_type: Any, *_: Any) -> None:
+    def __exit__(self, *_: Any) -> None:
         try:
-            if error_type is not RecordingError:
-                self.write()
-                self.wait()
+            self.wait()
+            self.write()
         finally:
             self.thread.shutdown()
             self.lock.close()
@@ -1369,23 +1353,6 @@ class Recorder(contextlib.AbstractContextManager):
 # ------------------------------------------------------------------------------------------------
 # CHECKPOINT: what a run needs to go on where it stopped
 # ------------------------------------------------------------------------------------------------
-
-
-class Params(NamedTuple):
-    """Parameters of both networks."""
-
-    actor: ArrayTree
-    critic: ArrayTree
-
-
-def get_params(state: LearnerState) -> Params:
-    """The parameters of a state's networks."""
-    return Params(state.actor.params, state.critic.params)
-
-
-def place_as(new: Array, old: Array) -> Array:
-    """The array `new`, on the devices as `old` lies there."""
-    return jax.device_put(new, old.sharding)
 
 
 class Progress(NamedTuple):
@@ -1469,12 +1436,10 @@ def load_checkpoint(
     with storage("reading the checkpoint", path, remedy):
         leaves, structure = jax.tree.flatten(progress.state)
         chex.assert_trees_all_equal_shapes(state["learner"], leaves)
-        learner = structure.unflatten(map(place_as, state["learner"], leaves))
-        params = jax.tree.map(place_as, Params(**state["params"]), progress.best_params)
-        pick = lambda index: lambda x: x[index] if x.ndim > 1 else x[index].item()
-        evaluations = [
-            Evaluation(**jax.tree.map(pick(index), columns)) for index in range(num_done)
-        ]
+        learner = place_as(structure.unflatten(state["learner"]), progress.state)
+        params = place_as(Params(**state["params"]), progress.best_params)
+        rows = (jax.tree.map(lambda x: x[index], columns) for index in range(num_done))
+        evaluations = [Evaluation(**row) for row in rows]
     return Progress(learner, state["eval_key"], params, run["best_return"], evaluations)
 
 
@@ -1661,20 +1626,6 @@ def load_episodes(
     return episodes
 
 
-def joint_saco(
-    name: str, uid: str, rel_dir: str = "vaults", percentiles: tuple[float, float] | None = None
-) -> float:
-    """OG-MARL's Joint SACo: distinct pairs of joint observation and joint action per transition."""
-    seen, num_transitions = set(), 0  # hashes of the pairs
-    leaves = ("observation", "action")
-    for episodes in iterate_episodes(name, uid, rel_dir, percentiles, leaves):
-        observation, action = (episodes.transitions[leaf] for leaf in leaves)
-        pairs = np.concatenate([observation, action[..., None]], axis=-1)  # (S, N, O + 1)
-        seen.update(hash(pair.tobytes()) for pair in pairs)
-        num_transitions += len(pairs)
-    return len(seen) / num_transitions
-
-
 # What OG-MARL calls the parts of a recording, and the percentiles of training that are in them.
 OG_MARL_PARTS = {"Replay": (0, 100), "Poor": (0, 33), "Medium": (33, 67), "Good": (67, 100)}
 
@@ -1818,16 +1769,16 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[4, 4, 5])
     colors = ("#A6CEE3", "#4292C6", "#08306B")  # their lightness tells them apart
-    for part, ordinal in enumerate(("first", "second", "last")):
-        chosen = third == part
-        label = f"{ordinal} third of training: {chosen.sum():,} episodes"
-        action = episodes.transitions["action"][np.repeat(chosen, length)]
-        values = (returns[chosen], length[chosen], action)
-        for axes, value, edges in zip(panels, values, bins, strict=True):
-            percent = 100 * np.histogram(value, edges)[0] / max(1, value.size)
-            bar = 0.28 * np.diff(edges)
-            center = (edges[:-1] + edges[1:]) / 2 + (part - 1) * bar
-            axes.bar(center, percent, bar, color=colors[part], label=label)
+    parts = [third == part for part in range(3)]
+    labels = [
+        f"{ordinal} third of training: {part.sum():,} episodes"
+        for ordinal, part in zip(("first", "second", "last"), parts, strict=True)
+    ]
+    actions = [episodes.transitions["action"][np.repeat(part, length)].ravel() for part in parts]
+    values = ([returns[part] for part in parts], [length[part] for part in parts], actions)
+    for axes, value, edges in zip(panels, values, bins, strict=True):
+        percent = [np.full(x.size, 100 / max(1, x.size)) for x in value]
+        axes.hist(value, edges, weights=percent, color=colors, label=labels)
     panels[0].set(xlabel="Episode return", ylabel="Share of episodes (%)")
     panels[1].set(xlabel="Episode length (timesteps)", ylabel="Share of episodes (%)")
     panels[2].set(xlabel="Action of an agent", ylabel="Share of actions (%)")
@@ -1890,11 +1841,6 @@ def save_results(
 class TrainingError(RuntimeError):
     """A loss or a parameter became infinite or not a number; the message is one line."""
 
-    def __init__(self, step_count: int):
-        problem = f"a loss or a parameter is infinite or not a number at step {step_count:,}"
-        remedy = "lower system.actor_lr or system.critic_lr"
-        super().__init__(f"{problem}: what came before is recorded; {remedy}")
-
 
 class ExperimentResult(NamedTuple):
     """What `run_experiment` returns."""
@@ -1910,18 +1856,6 @@ class ExperimentResult(NamedTuple):
     def evaluation_returns(self) -> np.ndarray:
         """Mean episode return of each evaluation, (num_evaluation,) float32."""
         return np.array([evaluation.episode_return.mean() for evaluation in self.evaluations])
-
-
-def describe_evaluation(evaluation: Evaluation, is_first: bool, num_written: int | None) -> str:
-    """One line about an evaluation; the first one's speed has the learner's compiling in it."""
-    losses = "".join(f", {name} {value:.4f}" for name, value in evaluation.losses.items())
-    return (
-        f"step {evaluation.step_count:,}: {evaluation.steps_per_second:,.0f} steps/s"
-        f"{' (with compiling)' if is_first else ''}, "
-        f"episode return {evaluation.episode_return.mean():.2f}, "
-        f"length {evaluation.episode_length.mean():.0f}{losses}"
-        f"{f', vault written to {num_written:,}' if num_written is not None else ''}"
-    )
 
 
 def run_experiment(config: Config = Config(), env: Environment | None = None) -> ExperimentResult:
@@ -1955,15 +1889,12 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
     if vault.save:
         buffer_capacity(vault, experience)  # refused before anything is made
     state = init(key, params_key)
-    params = get_params(state)
     if checkpoint.load_params:
         loaded = broadcast(load_params(checkpoint.load_params) if is_first_process else None)
-        same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, loaded)
+        same = jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, loaded)
         require(same, f"checkpoint.load_params {checkpoint.load_params!r} has other networks")
-        params = jax.tree.map(place_as, loaded, params)
-        actor = state.actor.replace(params=params.actor)
-        state = state._replace(actor=actor, critic=state.critic.replace(params=params.critic))
-    progress = Progress(state, eval_key, params, -math.inf, [])
+        state = state.with_params(loaded)
+    progress = Progress(state, eval_key, state.params, -math.inf, [])
     recorder = manager = absolute_metric = None
 
     with contextlib.ExitStack() as stack:
@@ -2011,7 +1942,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
         def save():
             """Write the vault, then a checkpoint: it never knows of more than any part holds."""
             if recorder:
-                recorder.write()
+                recorder.then(recorder.write)
                 if not is_alone:
                     recorder.wait()
             if checkpoint.save:
@@ -2048,12 +1979,16 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 finite, losses = jax.device_get((finite, losses))
                 if not finite.all():
                     num_updates = index * num_updates_per_eval + int(finite.argmin()) + 1
-                    raise TrainingError(num_updates * steps_per_evaluation // num_updates_per_eval)
+                    step = num_updates * steps_per_evaluation // num_updates_per_eval
+                    problem = f"a loss or a parameter is infinite or not a number at step {step:,}"
+                    remedy = "what came before is recorded; lower system.actor_lr and critic_lr"
+                    raise TrainingError(f"{problem}: {remedy}")
 
                 # RECORD
                 if recorder:
                     own_part = multihost_utils.global_array_to_host_local_array
-                    recorder.add(own_part(experience, mesh, SHARDED))
+                    recorder.wait()
+                    recorder.then(recorder.add, own_part(experience, mesh, SHARDED))
                 del experience  # so that it is not held while the next is made
 
                 # EVALUATE the parameters that the update has just produced
@@ -2061,7 +1996,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 mean_return = float(evaluated.episode_return.mean())
                 best = progress.best_params, progress.best_return
                 if mean_return >= progress.best_return:
-                    best = get_params(state), mean_return
+                    best = state.params, mean_return
 
                 # LOG
                 metrics = call(gather, metrics)
@@ -2074,14 +2009,19 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                     episode_return=evaluated.episode_return,
                     episode_length=evaluated.episode_length,
                     train_episode_return=float(np.mean(train_returns or math.nan)),
-                    num_train_episodes=len(train_returns),
                     losses={name: float(loss.mean()) for name, loss in losses.items()},
                 )
                 last_time = now
                 progress = Progress(state, eval_key, *best, [*past, evaluation])
-                num_timesteps = recorder.num_timesteps if recorder else None
-                line = describe_evaluation(evaluation, index == num_done, num_timesteps)
-                tqdm.write(line, file=sys.stdout)
+                parts = [
+                    f"step {evaluation.step_count:,}: {evaluation.steps_per_second:,.0f} steps/s"
+                    f"{' (with compiling)' if index == num_done else ''}",
+                    f"episode return {mean_return:.2f}",
+                    f"length {evaluation.episode_length.mean():.0f}",
+                    *(f"{name} {loss:.4f}" for name, loss in evaluation.losses.items()),
+                    *([f"vault written to {recorder.num_timesteps:,}"] if recorder else []),
+                ]
+                tqdm.write(", ".join(parts), file=sys.stdout)
                 bar.update()
                 # The file is written whole: rarer as it grows, so that this stays linear in time.
                 if saves_results and index % (1 + index // 200) == 0:

@@ -419,8 +419,9 @@ def test_training_logged_the_returns_of_the_episodes_that_ended(recording):
     for number, evaluation in enumerate(evaluations):
         ended = [x for x in walked if x[0] // 32 == number]
         returns = [reward[row, begin : end + 1].sum() for end, row, begin in ended]
-        assert evaluation.num_train_episodes == len(returns) > 0
-        assert evaluation.train_episode_return == pytest.approx(np.mean(returns), abs=1e-5)
+        assert returns and evaluation.train_episode_return == pytest.approx(
+            np.mean(returns), abs=1e-5
+        )
 
 
 def test_metadata_and_metrics_say_what_the_run_was(recordings):
@@ -654,7 +655,7 @@ def test_update_minibatch_follows_the_mean_of_the_lanes_gradients():
 def actor_with(params, config):
     """The actor of a run, with these parameters, and what its critic calls."""
     env = ippo.make_env(config.env, config.system.add_agent_id)
-    observation = jax.tree.map(lambda x: jnp.zeros(x.shape), ippo.observation_shape(env))
+    observation = env.reset(jax.random.PRNGKey(0))[1].observation
     actor, critic = ippo.init_networks(config, observation, jax.random.PRNGKey(0))
     return env, actor.replace(params=params.actor), critic.apply_fn
 
@@ -711,7 +712,7 @@ def test_evaluation_against_playing_the_episodes_by_hand(greedy):
     num_episodes, key = 12, jax.random.PRNGKey(5)
     theirs = Walk(3, is_masked=True, is_team=False)
     env = ippo.make_env(small_config().env, env=theirs)
-    observation = jax.tree.map(lambda x: jnp.zeros(x.shape), ippo.observation_shape(env))
+    observation = env.reset(jax.random.PRNGKey(0))[1].observation
     actor, _ = ippo.init_networks(ippo.Config(), observation, jax.random.PRNGKey(6))
     metrics = jax.jit(lambda key: ippo.evaluate(env, actor, key, num_episodes, greedy))(key)
 
@@ -823,9 +824,6 @@ def test_parts_and_leaves_that_were_asked_for_are_loaded_and_exported(recordings
     whole, leaves = ippo.load_episodes(*where(path)), ("observation", "action")
     some = ippo.load_episodes(*where(path), leaves=leaves).transitions
     assert_equal(some, {name: whole.transitions[name] for name in leaves})
-    pairs = np.concatenate([x.reshape(len(x), -1) for x in some.values()], axis=1)
-    distinct = len(np.unique(pairs, axis=0)) / len(pairs)
-    assert ippo.joint_saco(*where(path)) == distinct and 0 < distinct < 1
     for percentiles in [(0, 49), (60, 40), (50, 101), (-60, 50)]:
         with pytest.raises(ippo.ConfigError, match="percentiles"):
             ippo.load_episodes(*where(path), percentiles)
@@ -884,7 +882,7 @@ BAD_NAME = r"is not the name of a folder|has one of # %"
         (f"--results.rel-dir {__file__}/x", "results.rel_dir .* cannot be written"),
         ("--results.rel-dir vaults", "results.rel_dir 'vaults' is taken"),
         ("--vault.rel-dir run#1", r"'.*/run#1/ff_ippo_walk/a' has one of # % "),
-        ("--checkpoint.resume --vault.uid None", "resume needs vault.uid"),
+        ("--checkpoint.resume --vault.uid None", "resume needs .*the vault.uid of the run"),
         ("--checkpoint.resume --checkpoint.no-save", "resume needs checkpoint.save"),
         ("--checkpoint.load-params no", "there is no checkpoint in .*/no"),
         *(({"name": name}, BAD_NAME) for name in ("..", "", "a/b", "a?b", "x" * 300)),
@@ -1708,7 +1706,7 @@ def benchmark(config):
     recorder = ippo.Recorder(config.vault, output.experience, {}, mesh)
     written = jax.device_get(ippo.reshape_experience(output.experience))
     written = jax.tree.map(lambda x: np.concatenate([x] * save_interval, axis=1), written)
-    evaluation = ippo.Evaluation(10**6, 1.0, 1.0, np.zeros(32, np.float32), None, 0.0, 0, {})
+    evaluation = ippo.Evaluation(10**6, 1.0, 1.0, np.zeros(32, np.float32), None, 0.0, {})
     ippo.run_path(config.results.rel_dir, config.vault).mkdir(parents=True)
     metrics = (config, ippo.find_task(config.env), [evaluation] * 10_000)
 
@@ -1717,9 +1715,10 @@ def benchmark(config):
             output = jax.block_until_ready(learn(state))
             state = output.state
             if record:
-                recorder.add(output.experience)
+                recorder.wait()
+                recorder.then(recorder.add, output.experience)
                 if index == 0:
-                    recorder.write()
+                    recorder.then(recorder.write)
         if record:
             recorder.wait()
 
@@ -1735,8 +1734,8 @@ def benchmark(config):
     }
     if config.checkpoint.load_params:
         params = ippo.load_params(config.checkpoint.load_params)
-        params = jax.device_put(params, ippo.shardings(mesh)[0])
         actor, critic = state.actor, state.critic
+        params = jax.device_put(params, actor.step.sharding)
         actor, critic = actor.replace(params=params.actor), critic.replace(params=params.critic)
         calls["trained"] = (block, state._replace(actor=actor, critic=critic))
     times = medians(calls, REPEATS)
@@ -1748,7 +1747,7 @@ def benchmark(config):
     steps |= {"env": num_env_steps, "env, no reset": num_env_steps}
     speed = {name: steps[name] / times[name] for name in calls}
     matmul_speed = 2 * 4096**3 / times["matmul"]
-    seen = ippo.observation_shape(env)
+    seen = env.reset(jax.random.PRNGKey(0))[1].observation
     flops = count_update_flops(config, *seen.action_mask.shape, seen.agents_view.shape[1])
     update_speed = mesh.size * flops * save_interval * num_updates / times["train"]
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB resident"
