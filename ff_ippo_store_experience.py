@@ -314,12 +314,13 @@ def check_config(config: Config, num_devices: int, env: "Environment | None" = N
 # Several processes find each other before one touches a device, as importing Jumanji does.
 IS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not pasted into a notebook
 if IS_SCRIPT and (arch := tyro.cli(Config).arch).distributed:
-    # Where process 0 dies, JAX ends the others with a page of text: one line of it is passed on.
+    # Where process 0 dies, JAX ends the others with a page of text: one line of it is passed on,
+    # and nothing that comes after an error.
     script = r"""/^[EW][0-9]+ .*(preemption_sync|coordination_service)|GRPC|grpc|googleapis/d
-        /^F.*Terminating/{s/.*/error: another process ended: use checkpoint.resume on all/;q}"""
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        s/^F.*Terminating.*/error: another process ended: use checkpoint.resume on all/;p
+        /^error:/{:a;n;ba;}"""
     passed_on = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "start_new_session": True}
-    os.dup2(subprocess.Popen(["sed", "-uE", script], **passed_on).stdin.fileno(), 2)
+    os.dup2(subprocess.Popen(["sed", "-nuE", script], **passed_on).stdin.fileno(), 2)
     this_process = (arch.coordinator_address, arch.num_processes, arch.process_id)
     try:
         jax.distributed.initialize(*this_process, heartbeat_timeout_seconds=30)
@@ -1252,10 +1253,7 @@ def buffer_capacity(config: VaultConfig, experience: Any) -> int:
 
 
 class Recorder(contextlib.AbstractContextManager):
-    """Gathers experience in a buffer, and writes it to a vault: what is left when it is closed.
-
-    It has a thread, for what is to be done beside the training, one thing after the other.
-    """
+    """Gathers experience in a buffer, and writes it to a vault: what is left when it is closed."""
 
     def __init__(
         self,
@@ -1297,56 +1295,44 @@ class Recorder(contextlib.AbstractContextManager):
         for stale in self.path.rglob("*.__lock"):
             stale.unlink()
         self.vault, _ = open_vault(config.name, config.uid, config.rel_dir)
-        self.num_added = self.num_written = num_written or 0  # rollouts of each row
-        index = self.num_written * self.rollout_length
+        self.num_added = num_written or 0  # rollouts of each row
+        index = self.num_added * self.rollout_length
         whole = self.vault.vault_index >= index
         require(whole, f"{self.path} holds less than its checkpoint: record it again")
         self.vault.vault_index = index  # what was written past the last checkpoint is overwritten
         update_metadata(self.path, metadata)
-        self.thread = ThreadPoolExecutor(max_workers=1)
-        self.last = self.thread.submit(int)  # what was begun last
 
     @property
     def num_timesteps(self) -> int:
         """Environment steps that are on disk, also of the other processes, which write alike."""
-        return self.num_written * self.num_rows * self.rollout_length * jax.process_count()
+        return self.vault.vault_index * self.num_rows * jax.process_count()
+
+    @property
+    def new_length(self) -> int:
+        """Timesteps of the buffer that are not on disk; the vault counts what is, after a write."""
+        return self.num_added * self.rollout_length - self.vault.vault_index
 
     def add(self, experience: dict[str, Array]) -> None:
-        """Add leaves (D, NU, UB, T, NE, ...) to the buffer; writes it first where it is full."""
-        if self.num_added - self.num_written == self.capacity:
+        """Add leaves (D, NU, UB, T, NE, ...) to the buffer; where it is full, write it first."""
+        if self.new_length == self.capacity * self.rollout_length:
             self.write()
-        index = np.int32((self.num_added - self.num_written) * self.rollout_length)
+        index = np.int32(self.new_length)
         self.buffer_state = self.add_to_buffer(self.buffer_state, experience, index)
         self.num_added += 1
 
     def write(self) -> None:
         """Write what was added since the last write; raises a `RecordingError` where it fails."""
-        length = (self.num_added - self.num_written) * self.rollout_length
         with storage("writing the vault", self.path, "make room there, then use checkpoint.resume"):
-            write_vault(
-                self.vault, jax.tree.map(lambda x: x[:, :length], self.buffer_state.experience)
-            )
-        self.num_written = self.num_added
+            new = jax.tree.map(lambda x: x[:, : self.new_length], self.buffer_state.experience)
+            write_vault(self.vault, new)
 
-    def then(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call `function` in the thread, after all that was begun, if none of it failed."""
-
-        def call(before=self.last):
-            before.result()  # raises what failed
-            function(*arguments)
-
-        self.last = self.thread.submit(call)
-
-    def wait(self) -> None:
-        """Wait until all that was begun has ended; raises what failed."""
-        self.last.result()
-
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error_type: Any, *_: Any) -> None:
         try:
-            self.wait()
             self.write()
+        except RecordingError:
+            if error_type in (None, KeyboardInterrupt):
+                raise  # any other error says more
         finally:
-            self.thread.shutdown()
             self.lock.close()
 
 
@@ -1939,26 +1925,35 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
         if system.total_timesteps not in (None, arch.num_evaluation * steps_per_evaluation):
             print(f"system.total_timesteps {system.total_timesteps:,} is rounded up to evaluations")
 
-        def save():
-            """Write the vault, then a checkpoint: it never knows of more than any part holds."""
-            if recorder:
-                recorder.then(recorder.write)
-                if not is_alone:
-                    recorder.wait()
-            if checkpoint.save:
-                state, params = gather((progress.state, progress.best_params))
-                saved = progress._replace(state=state, best_params=params)
-            if manager and recorder:
-                recorder.then(save_checkpoint, manager, config, saved)
-            elif manager:
-                save_checkpoint(manager, config, saved)
-
-        # In a thread, so that a signal is answered at once and not when XLA returns.
-        compute = ThreadPoolExecutor(max_workers=1)
+        # In threads: a signal is answered at once, not when XLA returns, and what is recorded is
+        # written beside the training.
+        compute, disk = ThreadPoolExecutor(1), stack.enter_context(ThreadPoolExecutor(1))
         stack.callback(compute.shutdown, wait=False)
+        recording = disk.submit(int)  # what was begun last
 
         def call(function, *arguments):
             return compute.submit(lambda: jax.block_until_ready(function(*arguments))).result()
+
+        def begin(function, *arguments):
+            nonlocal recording
+            recording.result()  # raises what failed before
+            recording = disk.submit(function, *arguments)
+
+        def save():
+            """Write the vault, then a checkpoint: it never knows of more than any part holds."""
+            if recorder and not is_alone:
+                begin(recorder.write)
+                recording.result()
+            state, params = progress.state, progress.best_params
+            if checkpoint.save:
+                state, params = gather((state, params))
+            begin(write, progress._replace(state=state, best_params=params))
+
+        def write(progress):
+            if recorder:
+                recorder.write()
+            if manager:
+                save_checkpoint(manager, config, progress)
 
         def evaluate_actor(actor, key):
             key, *keys = jax.random.split(key, mesh.size + 1)
@@ -1987,8 +1982,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
                 # RECORD
                 if recorder:
                     own_part = multihost_utils.global_array_to_host_local_array
-                    recorder.wait()
-                    recorder.then(recorder.add, own_part(experience, mesh, SHARDED))
+                    begin(recorder.add, own_part(experience, mesh, SHARDED))
                 del experience  # so that it is not held while the next is made
 
                 # EVALUATE the parameters that the update has just produced
@@ -2033,6 +2027,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
             # Processes that are stopped at different evaluations go on from the last checkpoint.
             if is_alone or len(progress.evaluations) == arch.num_evaluation:
                 save()
+                recording.result()
 
         # ABSOLUTE METRIC of the best parameters
         actor = progress.state.actor.replace(params=progress.best_params.actor)

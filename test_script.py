@@ -1478,6 +1478,7 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
         wait_for(lambda: len(logged(tmp_path / "0")) >= 4)  # its folder is process 0's
         processes[killed].kill()
         assert processes[1 - killed].wait(60) != 0
+        wait_for(lambda: "error:" in logs[1 - killed].read_text(), 5)
         one_error(logs[1 - killed].read_text().splitlines(), "checkpoint.resume")
 
     text, other = (log.read_text() for log in logs)
@@ -1710,17 +1711,23 @@ def benchmark(config):
     ippo.run_path(config.results.rel_dir, config.vault).mkdir(parents=True)
     metrics = (config, ippo.find_task(config.env), [evaluation] * 10_000)
 
+    disk, begun = ThreadPoolExecutor(1), []
+
+    def begin(function, *arguments):  # as `run_experiment` does
+        if begun:
+            begun.pop().result()
+        begun.append(disk.submit(function, *arguments))
+
     def block(state, record=False):  # what lies between two writes, which is beside the later calls
         for index in range(save_interval):
             output = jax.block_until_ready(learn(state))
             state = output.state
             if record:
-                recorder.wait()
-                recorder.then(recorder.add, output.experience)
+                begin(recorder.add, output.experience)
                 if index == 0:
-                    recorder.then(recorder.write)
+                    begin(recorder.write)
         if record:
-            recorder.wait()
+            begin(int)
 
     x = jnp.ones((4096, 4096))
     calls = {
