@@ -47,6 +47,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import re
@@ -56,6 +57,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -79,7 +81,7 @@ import tensorstore
 import tyro
 from chex import Array, ArrayTree, PRNGKey
 from flashbax.buffers.trajectory_buffer import TrajectoryBuffer, TrajectoryBufferState
-from flashbax.vault.vault import TIME_AXIS_MAX_LENGTH, Vault
+from flashbax.vault import Vault
 from flax.training.train_state import TrainState
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
@@ -88,9 +90,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# CONFIGURATION
-# ------------------------------------------------------------------------------------------------
+# ---- CONFIGURATION -------------------------------------------------------------------------------
 
 
 def bounded(kind: Any, words: str, holds: Callable[[Any], bool]) -> Any:
@@ -241,9 +241,7 @@ def check_config(config: Config, num_devices: int, env: "Environment | None" = N
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
 
     def check(name, holds, bound):
-        group, field = name.split(".")
-        value = getattr(getattr(config, group), field)
-        require(holds, f"{name} is {value}: it must {bound}")
+        require(holds, f"{name} is {operator.attrgetter(name)(config)}: it must {bound}")
 
     for group, settings in vars(config).items():
         for name, hint in get_type_hints(type(settings), include_extras=True).items():
@@ -307,20 +305,21 @@ def check_config(config: Config, num_devices: int, env: "Environment | None" = N
     return config
 
 
-# ------------------------------------------------------------------------------------------------
-# PROCESSES
-# ------------------------------------------------------------------------------------------------
+# ---- PROCESSES -----------------------------------------------------------------------------------
 
 # Several processes find each other before one touches a device, as importing Jumanji does.
 IS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not pasted into a notebook
+stderr_filter: subprocess.Popen | None = None
 if IS_SCRIPT and (arch := tyro.cli(Config).arch).distributed:
     # Where process 0 dies, JAX ends the others with a page of text: one line of it is passed on,
     # and nothing that comes after an error.
     script = r"""/^[EW][0-9]+ .*(preemption_sync|coordination_service)|GRPC|grpc|googleapis/d
         s/^F.*Terminating.*/error: another process ended: use checkpoint.resume on all/;p
         /^error:/{:a;n;ba;}"""
-    passed_on = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "start_new_session": True}
-    os.dup2(subprocess.Popen(["sed", "-nuE", script], **passed_on).stdin.fileno(), 2)
+    command = ["sh", "-c", 'trap "" HUP INT TERM; exec sed -nuE "$0"', script]
+    stderr_filter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr)
+    os.dup2(stderr_filter.stdin.fileno(), 2)
+    stderr_filter.stdin.close()
     this_process = (arch.coordinator_address, arch.num_processes, arch.process_id)
     try:
         jax.distributed.initialize(*this_process, heartbeat_timeout_seconds=30)
@@ -367,9 +366,7 @@ def part_paths(path: Path) -> list[Path]:
     return [path] if path.exists() or not in_order else in_order
 
 
-# ------------------------------------------------------------------------------------------------
-# ENVIRONMENT
-# ------------------------------------------------------------------------------------------------
+# ---- ENVIRONMENT ---------------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
@@ -588,9 +585,7 @@ class Foraging(LevelBasedForaging):
         return jnp.broadcast_to(reward.sum(), reward.shape)
 
 
-# ------------------------------------------------------------------------------------------------
-# NETWORKS
-# ------------------------------------------------------------------------------------------------
+# ---- NETWORKS ------------------------------------------------------------------------------------
 
 
 class Layers(nn.Module):
@@ -650,9 +645,7 @@ def init_networks(
     return actor, init(Critic(config.network.critic_layer_sizes), config.system.critic_lr)
 
 
-# ------------------------------------------------------------------------------------------------
-# ROLLOUT
-# ------------------------------------------------------------------------------------------------
+# ---- ROLLOUT -------------------------------------------------------------------------------------
 
 
 def act(actor: TrainState, observation: Observation, keys: PRNGKey, greedy: bool = False) -> Array:
@@ -707,9 +700,7 @@ def rollout(
     return jax.lax.scan(step, (keys, env_state), None, rollout_length)
 
 
-# ------------------------------------------------------------------------------------------------
-# ADVANTAGE
-# ------------------------------------------------------------------------------------------------
+# ---- ADVANTAGE -----------------------------------------------------------------------------------
 
 
 def calculate_advantage(
@@ -734,9 +725,7 @@ def calculate_advantage(
     return advantage, advantage + value
 
 
-# ------------------------------------------------------------------------------------------------
-# LOSSES
-# ------------------------------------------------------------------------------------------------
+# ---- LOSSES --------------------------------------------------------------------------------------
 
 
 def actor_loss(
@@ -779,9 +768,7 @@ def critic_loss(
     return vf_coef * loss, {"value_loss": loss}
 
 
-# ------------------------------------------------------------------------------------------------
-# LEARNER
-# ------------------------------------------------------------------------------------------------
+# ---- LEARNER -------------------------------------------------------------------------------------
 
 # How arrays lie on the devices: the same on each, or spread along their first axis.
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec("device")
@@ -812,14 +799,7 @@ class LearnerState(NamedTuple):
 
     @property
     def params(self) -> Params:
-        """The parameters of both networks."""
         return Params(self.actor.params, self.critic.params)
-
-    def with_params(self, params: Params) -> "LearnerState":
-        """The same with these parameters, placed as its own."""
-        actor, critic = place_as(params, self.params)
-        actor, critic = self.actor.replace(params=actor), self.critic.replace(params=critic)
-        return self._replace(actor=actor, critic=critic)
 
 
 STATE_SPECS = LearnerState(actor=REPLICATED, critic=REPLICATED, keys=SHARDED, env_state=SHARDED)
@@ -937,20 +917,17 @@ class LearnerOutput(NamedTuple):
 
 
 def make_learn(
-    env: Environment, config: SystemConfig, num_updates: int, mesh: Mesh, record: Callable
+    env: Environment, config: SystemConfig, num_updates: int, mesh: Mesh, extra_leaves: tuple
 ) -> Callable[[LearnerState], LearnerOutput]:
-    """The learner of NU updates on each of the D devices, compiled at its first call.
-
-    `record` returns what to keep of transitions as experience, a dictionary.
-    """
+    """The learner of NU updates on each of the D devices, compiled at its first call."""
     # (T, UB * NE, ...) -> (T, UB, NE, ...) -> (UB, T, NE, ...)
     split = lambda x: x.reshape(len(x), config.update_batch_size, -1, *x.shape[2:]).swapaxes(0, 1)
 
     def step(state, _):
         state, (transitions, losses) = update(state, env, config)
-        checked = jax.tree.leaves((losses, state.params))
-        finite = jnp.array([jnp.isfinite(x).all() for x in checked]).all()
-        outputs = jax.tree.map(split, (record(transitions), transitions.metrics))
+        finite = jnp.isfinite(ravel_pytree((losses, state.params))[0]).all()
+        experience = select_leaves(transitions, extra_leaves)
+        outputs = jax.tree.map(split, (experience, transitions.metrics))
         return state, (*outputs, losses, finite)
 
     def learn(state):
@@ -963,9 +940,7 @@ def make_learn(
     return jax.jit(jax.shard_map(learn, mesh=mesh, check_vma=False, **specs))
 
 
-# ------------------------------------------------------------------------------------------------
-# EVALUATION
-# ------------------------------------------------------------------------------------------------
+# ---- EVALUATION ----------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -1019,9 +994,7 @@ def make_evaluate(
     return jax.jit(jax.shard_map(evaluate_part, mesh=mesh, check_vma=False, **specs))
 
 
-# ------------------------------------------------------------------------------------------------
-# RECORDING
-# ------------------------------------------------------------------------------------------------
+# ---- RECORDING -----------------------------------------------------------------------------------
 
 # The leaves of the vault, and those that may be asked for.
 LEAVES = ("done", "action", "reward", "observation", "legal_action_mask")
@@ -1127,32 +1100,17 @@ MAX_CHUNK_SIZE = 2**22  # elements in a chunk of the vault on disk: 16 MB of flo
 MAX_BUFFER_SIZE = 2**30  # bytes of the buffer by default, unless one rollout has more
 
 
-class ChunkedVault(Vault):
-    """Flashbax's Vault, stored in chunks of `chunk_length` timesteps.
+def set_chunks(store: tensorstore.TensorStore, chunk_length: int) -> None:
+    """Create an empty leaf of a vault anew, in chunks of `chunk_length` timesteps of many rows.
 
     Otherwise TensorStore chooses chunks across rollouts: each write codes some of the earlier ones
     again, which takes 1.5 times the processor time, and leaves 30 % more on disk.
     """
-
-    def __init__(self, chunk_length: int, **kwargs: Any):
-        self.chunk_length = chunk_length
-        super().__init__(**kwargs)
-
-    def _init_leaf(
-        self, name: str, shape: tuple[int, ...], dtype: str, create_ds: bool = False
-    ) -> tensorstore.TensorStore:
-        if create_ds:
-            row_size = self.chunk_length * math.prod(shape[2:])
-            num_rows = min(shape[0], max(1, MAX_CHUNK_SIZE // row_size))
-            chunk_shape = (num_rows, self.chunk_length, *shape[2:])
-            tensorstore.open(
-                {**self._get_base_spec(name), "metadata": {"compressor": self._compression}},
-                shape=(shape[0], TIME_AXIS_MAX_LENGTH, *shape[2:]),
-                dtype=dtype,
-                create=True,
-                chunk_layout=tensorstore.ChunkLayout(write_chunk_shape=chunk_shape),
-            ).result()
-        return super()._init_leaf(name, shape, dtype)
+    row_shape = (chunk_length, *store.shape[2:])
+    num_rows = min(store.shape[0], max(1, MAX_CHUNK_SIZE // math.prod(row_shape)))
+    spec = store.spec().to_json()
+    spec["metadata"]["chunks"] = [num_rows, *row_shape]
+    tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
 def make_vault(
@@ -1169,14 +1127,14 @@ def make_vault(
     with making, contextlib.redirect_stdout(io.StringIO()):  # Flashbax's advice on writing
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            ChunkedVault(
-                chunk_length,
+            vault = Vault(
                 vault_name=folder,  # absolute, so that nothing is put in front
                 vault_uid=path.name,
                 experience_structure=experience,
                 compression=config.compression or {"id": "zstd", "level": 1},
                 metadata=metadata,
             )
+            jax.tree.map(lambda store: set_chunks(store, chunk_length), vault._all_datastores)
             Path(folder, path.name).rename(path)  # it has its name only when it is whole
     return open_vault(config.name, config.uid, config.rel_dir)[0]
 
@@ -1214,14 +1172,13 @@ def update_metadata(path: Path, changes: dict[str, Any]) -> None:
     write_json(path, {**json.loads(path.read_text()), **changes})
 
 
-def write_vault(vault: Vault, experience: dict[str, Array]) -> int:
-    """Append leaves (D * NU * UB * NE, any, ...) to the vault; returns how many timesteps."""
+def write_vault(vault: Vault, experience: dict[str, Array]) -> None:
+    """Append leaves (D * NU * UB * NE, any, ...) to the vault."""
     length = jax.tree.leaves(experience)[0].shape[1]
-    if length == 0:
-        return 0  # Flashbax would take the interval (0, 0) for its default
-    state = TrajectoryBufferState(experience=experience, current_index=length, is_full=False)
+    # Of no timestep, Flashbax takes the interval for its default, up to this index: also nothing.
+    state = TrajectoryBufferState(experience=experience, current_index=0, is_full=False)
     with ThreadPoolExecutor(1) as thread:  # it starts an event loop: a notebook's own is running
-        return thread.submit(vault.write, state, source_interval=(0, length)).result()
+        thread.submit(vault.write, state, source_interval=(0, length)).result()
 
 
 def buffer_capacity(config: VaultConfig, experience: Any) -> int:
@@ -1233,12 +1190,10 @@ def buffer_capacity(config: VaultConfig, experience: Any) -> int:
     leaves = jax.tree.leaves(experience)
     num_transitions = math.prod(leaves[0].shape[:5])
     rollout_size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    if config.max_length is None:
-        capacity = min(config.save_interval, max(1, MAX_BUFFER_SIZE // rollout_size))
-    else:
-        capacity = config.max_length // num_transitions
-        least = f"at least {num_transitions} transitions, those between two evaluations"
-        require(capacity > 0, f"vault.max_length is {config.max_length}: it must hold {least}")
+    fitting = min(config.save_interval, max(1, MAX_BUFFER_SIZE // rollout_size))
+    capacity = fitting if config.max_length is None else config.max_length // num_transitions
+    least = f"at least {num_transitions} transitions, those between two evaluations"
+    require(capacity > 0, f"vault.max_length is {config.max_length}: it must hold {least}")
     # Beside the buffer and the copy of it that is being written, one rollout is being made.
     size = (2 * capacity + 1) * rollout_size
     stats = jax.local_devices()[0].memory_stats()
@@ -1295,50 +1250,49 @@ class Recorder(contextlib.AbstractContextManager):
         for stale in self.path.rglob("*.__lock"):
             stale.unlink()
         self.vault, _ = open_vault(config.name, config.uid, config.rel_dir)
-        self.num_added = num_written or 0  # rollouts of each row
-        index = self.num_added * self.rollout_length
-        whole = self.vault.vault_index >= index
+        self.num_added = self.num_written = num_written or 0  # rollouts of each row
+        whole = self.vault.vault_index >= self.num_written * self.rollout_length
         require(whole, f"{self.path} holds less than its checkpoint: record it again")
-        self.vault.vault_index = index  # what was written past the last checkpoint is overwritten
         update_metadata(self.path, metadata)
+        self.turn = threading.RLock()  # to add or to write
 
     @property
     def num_timesteps(self) -> int:
         """Environment steps that are on disk, also of the other processes, which write alike."""
-        return self.vault.vault_index * self.num_rows * jax.process_count()
-
-    @property
-    def new_length(self) -> int:
-        """Timesteps of the buffer that are not on disk; the vault counts what is, after a write."""
-        return self.num_added * self.rollout_length - self.vault.vault_index
+        return self.num_written * self.num_rows * self.rollout_length * jax.process_count()
 
     def add(self, experience: dict[str, Array]) -> None:
         """Add leaves (D, NU, UB, T, NE, ...) to the buffer; where it is full, write it first."""
-        if self.new_length == self.capacity * self.rollout_length:
-            self.write()
-        index = np.int32(self.new_length)
-        self.buffer_state = self.add_to_buffer(self.buffer_state, experience, index)
-        self.num_added += 1
+        with self.turn:
+            if self.num_added - self.num_written == self.capacity:
+                self.write()
+            index = np.int32((self.num_added - self.num_written) * self.rollout_length)
+            self.buffer_state = self.add_to_buffer(self.buffer_state, experience, index)
+            self.num_added += 1
 
     def write(self) -> None:
         """Write what was added since the last write; raises a `RecordingError` where it fails."""
-        with storage("writing the vault", self.path, "make room there, then use checkpoint.resume"):
-            new = jax.tree.map(lambda x: x[:, : self.new_length], self.buffer_state.experience)
-            write_vault(self.vault, new)
+        remedy = "make room there, then use checkpoint.resume"
+        with self.turn:
+            length = (self.num_added - self.num_written) * self.rollout_length
+            new = jax.tree.map(lambda x: x[:, :length], self.buffer_state.experience)
+            # Not after what failed, nor after what a run that goes on had written too much.
+            self.vault.vault_index = self.num_written * self.rollout_length
+            with storage("writing the vault", self.path, remedy):
+                write_vault(self.vault, new)
+            self.num_written = self.num_added
 
     def __exit__(self, error_type: Any, *_: Any) -> None:
         try:
             self.write()
-        except RecordingError:
+        except Exception:
             if error_type in (None, KeyboardInterrupt):
                 raise  # any other error says more
         finally:
             self.lock.close()
 
 
-# ------------------------------------------------------------------------------------------------
-# CHECKPOINT: what a run needs to go on where it stopped
-# ------------------------------------------------------------------------------------------------
+# ---- CHECKPOINT: what a run needs to go on where it stopped --------------------------------------
 
 
 class Progress(NamedTuple):
@@ -1377,16 +1331,13 @@ def describe_config(config: Config) -> dict[str, Any]:
 def save_checkpoint(manager: ocp.CheckpointManager, config: Config, progress: Progress) -> None:
     """Save `progress`, of NumPy arrays, by its number of evaluations; a crash leaves the last."""
     evaluations = progress.evaluations
-    if len(evaluations) in manager.all_steps():
-        return
     state = {
         "learner": jax.tree.leaves(progress.state),
         "eval_key": np.asarray(progress.eval_key),
         "params": progress.best_params._asdict(),
     }
     if evaluations:
-        columns = (evaluation._asdict() for evaluation in evaluations)
-        state["evaluations"] = jax.tree.map(lambda *x: np.stack(x), *columns)
+        state["evaluations"] = jax.tree.map(lambda *x: np.stack(x), *evaluations)._asdict()
     run = {"config": describe_config(config), "best_return": progress.best_return}
     items = ocp.args.Composite(run=ocp.args.JsonSave(run), state=ocp.args.StandardSave(state))
     with storage("saving a checkpoint in", manager.directory, "make room there, then resume"):
@@ -1424,8 +1375,9 @@ def load_checkpoint(
         chex.assert_trees_all_equal_shapes(state["learner"], leaves)
         learner = place_as(structure.unflatten(state["learner"]), progress.state)
         params = place_as(Params(**state["params"]), progress.best_params)
-        rows = (jax.tree.map(lambda x: x[index], columns) for index in range(num_done))
-        evaluations = [Evaluation(**row) for row in rows]
+        fields = [columns[name] for name in Evaluation._fields] if num_done else []
+        rows = (jax.tree.map(lambda x: x[index], fields) for index in range(num_done))
+        evaluations = [Evaluation(*row) for row in rows]
     return Progress(learner, state["eval_key"], params, run["best_return"], evaluations)
 
 
@@ -1442,9 +1394,7 @@ def load_params(path: str | Path) -> Params:
         return Params(**saved.restore(saved.latest_step(), args=items).state["params"])
 
 
-# ------------------------------------------------------------------------------------------------
-# OFFLINE: episodes from a vault, OG-MARL's layout
-# ------------------------------------------------------------------------------------------------
+# ---- OFFLINE: episodes from a vault, OG-MARL's layout --------------------------------------------
 
 
 def restore_time_order(
@@ -1507,7 +1457,7 @@ class Episodes(NamedTuple):
     length: np.ndarray  # (K,) int64, timesteps
     episode_return: np.ndarray  # (K,) float32, the agents' mean reward, summed
     recorded_at: np.ndarray  # (K,) int64, environment steps of training before the episode's first
-    num_incomplete: int  # left out, as their beginning or end is not in the part that was read
+    num_incomplete: int  # left out, as they begin or end outside of all that was asked for
 
 
 def iterate_episodes(
@@ -1520,14 +1470,10 @@ def iterate_episodes(
 ) -> Iterator[Episodes]:
     """Every complete episode of a vault, exactly once, a part of the vault at a time.
 
-    How the vault is divided changes neither the episodes nor their order.
-
-    Args:
-        name, uid, rel_dir: as for `open_vault`, which also says what is raised.
-        percentiles: the part of training to read, in whole evaluations, both ends rounded down; by
-            default all of it.  Where it holds none, there is a `ConfigError`.
-        leaves: what `transitions` holds; by default all leaves.
-        num_steps: environment steps to read at a time, in whole evaluations, at least one.
+    `percentiles` of training are read, in whole evaluations, both ends rounded down, by default all
+    of it; where they hold none, there is a `ConfigError`, else what `open_vault` raises.
+    `transitions` has these `leaves`, by default all.  `num_steps` environment steps are read at a
+    time, in whole evaluations, at least one: it changes neither the episodes nor their order.
     """
     stores, length, metadata = open_recording(name, uid, rel_dir)
     leaves = tuple(stores if leaves is None else leaves)
@@ -1582,7 +1528,7 @@ def iterate_episodes(
             length=length,
             episode_return=np.add.reduceat(reward, position).astype(np.float32),
             recorded_at=begin[chosen] * len(done),
-            num_incomplete=num_incomplete if stop == last else 0,
+            num_incomplete=num_incomplete,
         )
 
 
@@ -1608,7 +1554,6 @@ def load_episodes(
     for part in parts:
         part = part._replace(start=part.start + episodes.length.sum())
         jax.tree.map(append, episodes[:-1], part[:-1])
-        episodes = episodes._replace(num_incomplete=part.num_incomplete)
     return episodes
 
 
@@ -1681,9 +1626,7 @@ def export_og_marl(
     return path
 
 
-# ------------------------------------------------------------------------------------------------
-# RESULTS: metrics, pictures and animation
-# ------------------------------------------------------------------------------------------------
+# ---- RESULTS: metrics, pictures and animation ----------------------------------------------------
 
 
 def write_metrics(
@@ -1771,12 +1714,8 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     actions = metadata["task"]["actions"] or range(metadata["num_actions"])
     names = [str(action).replace(" ", "\n") for action in actions]
     panels[2].set_xticks(range(len(names)), names, fontsize="small")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=3,
-        fontsize="small",
-    )
+    entries = panels[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside upper center", ncols=3, fontsize="small")
     return figure
 
 
@@ -1819,9 +1758,7 @@ def save_results(
     print(f"results: {', '.join(sorted(x.name for x in path.glob('*.*')))} in {path}")
 
 
-# ------------------------------------------------------------------------------------------------
-# RUN
-# ------------------------------------------------------------------------------------------------
+# ---- RUN -----------------------------------------------------------------------------------------
 
 
 class TrainingError(RuntimeError):
@@ -1863,8 +1800,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
 
     # INITIALISE
     key, eval_key, params_key = jax.random.split(jax.random.PRNGKey(system.seed), 3)
-    record = functools.partial(select_leaves, extra_leaves=vault.extra_leaves)
-    learn = make_learn(env, system, num_updates_per_eval, mesh, record)
+    learn = make_learn(env, system, num_updates_per_eval, mesh, vault.extra_leaves)
     evaluate_parts = make_evaluate(env, arch.num_eval_episodes, arch.evaluation_greedy, mesh)
     init = functools.partial(init_learner, env=env, config=config, mesh=mesh)
     experience = jax.eval_shape(learn, jax.eval_shape(init, key, params_key)).experience
@@ -1879,7 +1815,9 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
         loaded = broadcast(load_params(checkpoint.load_params) if is_first_process else None)
         same = jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, loaded)
         require(same, f"checkpoint.load_params {checkpoint.load_params!r} has other networks")
-        state = state.with_params(loaded)
+        actor, critic = place_as(loaded, state.params)
+        actor, critic = state.actor.replace(params=actor), state.critic.replace(params=critic)
+        state = state._replace(actor=actor, critic=critic)
     progress = Progress(state, eval_key, state.params, -math.inf, [])
     recorder = manager = absolute_metric = None
 
@@ -1944,9 +1882,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
             if recorder and not is_alone:
                 begin(recorder.write)
                 recording.result()
-            state, params = progress.state, progress.best_params
-            if checkpoint.save:
-                state, params = gather((state, params))
+            state, params = gather((progress.state, progress.best_params))
             begin(write, progress._replace(state=state, best_params=params))
 
         def write(progress):
@@ -2027,7 +1963,7 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
             # Processes that are stopped at different evaluations go on from the last checkpoint.
             if is_alone or len(progress.evaluations) == arch.num_evaluation:
                 save()
-                recording.result()
+            recording.result()
 
         # ABSOLUTE METRIC of the best parameters
         actor = progress.state.actor.replace(params=progress.best_params.actor)
@@ -2070,9 +2006,17 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
     return result
 
 
-# ------------------------------------------------------------------------------------------------
-# COMMAND LINE
-# ------------------------------------------------------------------------------------------------
+# ---- COMMAND LINE --------------------------------------------------------------------------------
+
+
+def end_at_once(status: int, message: str) -> None:
+    """End without waiting for what XLA computes, nor for other processes."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        print(message, file=sys.stderr, flush=True)
+        if stderr_filter is not None:
+            os.close(2)  # its end
+            stderr_filter.wait(timeout=5)
+    os._exit(status)
 
 
 def main() -> None:
@@ -2110,15 +2054,13 @@ def main() -> None:
             raise
         number = interrupt.args[0]
         notes = getattr(interrupt, "__notes__", [])
-        print(f"stopped by {signal.Signals(number).name}", *notes, file=sys.stderr, flush=True)
-        os._exit(128 + number)  # not waiting for what XLA is computing
+        end_at_once(128 + number, " ".join([f"stopped by {signal.Signals(number).name}", *notes]))
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
     if jax.process_count() == 1:
         sys.exit(f"error: {problem}")
-    print(f"error: {problem}", file=sys.stderr, flush=True)
-    os._exit(1)  # not waiting for the others
+    end_at_once(1, f"error: {problem}")
 
 
 if __name__ == "__main__":

@@ -214,8 +214,8 @@ def learner_parts(config):
     key, _, params_key = jax.random.split(jax.random.PRNGKey(config.system.seed), 3)
     state = ippo.init_learner(key, params_key, env, config, mesh)
     num_updates = config.system.num_updates // config.arch.num_evaluation
-    record = functools.partial(ippo.select_leaves, extra_leaves=config.vault.extra_leaves)
-    return env, state, ippo.make_learn(env, config.system, num_updates, mesh, record), mesh
+    extra_leaves = config.vault.extra_leaves
+    return env, state, ippo.make_learn(env, config.system, num_updates, mesh, extra_leaves), mesh
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -231,9 +231,7 @@ def compilation_cache(tmp_path_factory):
         yield
 
 
-# ------------------------------------------------------------------------------------------------
-# RECORDINGS, at which many tests look
-# ------------------------------------------------------------------------------------------------
+# ---- RECORDINGS, at which many tests look --------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -473,9 +471,7 @@ def test_pictures_show_the_run(recordings):
         assert shares == [pytest.approx(100)] * 3
 
 
-# ------------------------------------------------------------------------------------------------
-# ENVIRONMENT
-# ------------------------------------------------------------------------------------------------
+# ---- ENVIRONMENT ---------------------------------------------------------------------------------
 
 
 def test_warehouse_is_jumanjis_but_for_the_discount_at_the_time_limit():
@@ -549,9 +545,7 @@ def test_an_environment_that_lacks_something_is_refused_in_a_line_that_names_it(
         experiment(tmp_path, "--env.time-limit 9", Walk(2, is_masked=True, is_team=False))
 
 
-# ------------------------------------------------------------------------------------------------
-# NETWORKS, ADVANTAGE, LOSSES, LEARNER
-# ------------------------------------------------------------------------------------------------
+# ---- NETWORKS, ADVANTAGE, LOSSES, LEARNER --------------------------------------------------------
 
 
 def random_observation(key, shape, num_actions=5, num_features=6):
@@ -702,9 +696,7 @@ def test_a_short_run_learns_and_its_policy_is_recorded_as_it_is(tmp_path):
         experiment(tmp_path, slow + "--network.actor-layer-sizes 9")
 
 
-# ------------------------------------------------------------------------------------------------
-# EVALUATION
-# ------------------------------------------------------------------------------------------------
+# ---- EVALUATION ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -772,9 +764,7 @@ def test_two_devices_record_and_evaluate_as_one_with_two_sets_does(tmp_path):
     assert metrics["absolute_metrics"]["mean_episode_return"] == [pytest.approx(absolute)]
 
 
-# ------------------------------------------------------------------------------------------------
-# OFFLINE
-# ------------------------------------------------------------------------------------------------
+# ---- OFFLINE -------------------------------------------------------------------------------------
 
 ROLLOUTS = "--system.rollout-length 4 --checkpoint.save " + NO_RESULTS
 
@@ -812,7 +802,7 @@ def test_every_complete_episode_comes_back_once_and_in_order(rollouts, num_steps
             num_incomplete=num_incomplete,
         )
         whole = jax.tree.map(lambda *x: np.concatenate([np.atleast_1d(y) for y in x]), *parts)
-        whole = whole._replace(start=expected.start, num_incomplete=whole.num_incomplete.sum())
+        whole = whole._replace(start=expected.start, num_incomplete=whole.num_incomplete[0])
         for actual in (episodes, whole):
             assert_equal(actual, expected)
             assert [x.dtype for x in actual[1:-1]] == [x.dtype for x in expected[1:-1]]
@@ -853,9 +843,7 @@ def test_a_recording_without_a_complete_episode_is_exported_and_drawn_all_the_sa
     assert (tmp_path / "results/ff_ippo_walk/a/dataset.png").exists()
 
 
-# ------------------------------------------------------------------------------------------------
-# CONFIGURATION
-# ------------------------------------------------------------------------------------------------
+# ---- CONFIGURATION -------------------------------------------------------------------------------
 
 BAD_NAME = r"is not the name of a folder|has one of # %"
 
@@ -943,9 +931,7 @@ def test_requirements_are_those_in_the_head_of_the_script():
     assert in_script == in_file and len(in_file) > 8
 
 
-# ------------------------------------------------------------------------------------------------
-# COMMAND LINE, NOTEBOOK AND README
-# ------------------------------------------------------------------------------------------------
+# ---- COMMAND LINE, NOTEBOOK AND README -----------------------------------------------------------
 
 
 def test_the_command_line_records_the_original_data(tmp_path):
@@ -1059,9 +1045,7 @@ def test_readme_names_no_option_that_is_not_there():
     assert options <= known and len(options) > 5
 
 
-# ------------------------------------------------------------------------------------------------
-# FAULTS
-# ------------------------------------------------------------------------------------------------
+# ---- FAULTS --------------------------------------------------------------------------------------
 
 EVALUATION_STEPS = 128  # 8 environments, 16 timesteps
 # Every run is a process of its own, forked from one that has imported the libraries but has not
@@ -1443,25 +1427,54 @@ def test_every_timestep_is_recorded_exactly_once(rollouts, data):
     assert_equal(streams, jax.tree.map(lambda x: x[:, :length], rollouts[1]))
 
 
-# ------------------------------------------------------------------------------------------------
-# PROCESSES
-# ------------------------------------------------------------------------------------------------
+def test_what_a_failed_or_an_unfinished_write_holds_is_written_once(tmp_path):
+    config = ippo.VaultConfig(uid="a", rel_dir=str(tmp_path))
+    leaf = np.arange(16, dtype=np.int32).reshape(1, 1, 1, 8, 2)  # (D, NU, UB, T, NE)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("device",))
+    with ippo.Recorder(config, {"leaf": leaf}, {}, mesh) as recorder:
+        recorder.add({"leaf": leaf})
+        full = SimpleNamespace(write=mock.Mock(side_effect=OSError(28, "No space left on device")))
+        refusal = pytest.raises(ippo.RecordingError, match=r"No space left .* make room there")
+        with mock.patch.object(recorder.vault, "_vault_index_ds", full), refusal:
+            recorder.write()
+        recorder.write()
+        recorder.add({"leaf": leaf + 16})
+        write, writing = recorder.vault.write, threading.Event()
+
+        def slow_write(*arguments, **options):
+            writing.set()
+            time.sleep(1)
+            return write(*arguments, **options)
+
+        recorder.vault.write = slow_write
+        thread = threading.Thread(target=recorder.write)
+        thread.start()
+        writing.wait()
+    thread.join()
+    expected = np.concatenate([leaf, leaf + 16], axis=3)[0, 0, 0].T
+    assert_equal(read_vault(recorder.path), {"leaf": expected})
 
 
-def start_processes(folder, arguments):
-    """Begin two processes that train together, each in a folder of its own, where its `log` is."""
+# ---- PROCESSES -----------------------------------------------------------------------------------
+
+
+def start_processes(folder, arguments, count=2):
+    """Begin processes that train together, each in a folder of its own, where its `log` is."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     processes = []
-    for index in range(2):
+    for index in range(count):
         own = folder / str(index)
         own.mkdir(parents=True, exist_ok=True)
-        found = f"--arch.distributed --arch.coordinator-address {address} --arch.num-processes 2"
+        found = (
+            f"--arch.distributed --arch.coordinator-address {address} --arch.num-processes {count}"
+        )
         command = f"{SCRIPT} {arguments} {found} --arch.process-id {index}"
         with (own / "log").open("w") as log:
             command = [sys.executable, *command.split()]
-            processes.append(subprocess.Popen(command, cwd=own, stdout=log, stderr=log))
+            to_log = {"stdout": log, "stderr": log, "start_new_session": True}
+            processes.append(subprocess.Popen(command, cwd=own, **to_log))
     return processes
 
 
@@ -1478,7 +1491,7 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
         wait_for(lambda: len(logged(tmp_path / "0")) >= 4)  # its folder is process 0's
         processes[killed].kill()
         assert processes[1 - killed].wait(60) != 0
-        wait_for(lambda: "error:" in logs[1 - killed].read_text(), 5)
+        wait_for(lambda: "error:" in logs[1 - killed].read_text(), 5)  # what JAX says is passed on
         one_error(logs[1 - killed].read_text().splitlines(), "checkpoint.resume")
 
     text, other = (log.read_text() for log in logs)
@@ -1502,6 +1515,15 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
     assert 0 < len(half.length) < len(episodes.length)
 
 
+def test_a_signal_to_all_that_a_process_started_stops_it_with_one_line(tmp_path):
+    arguments = SMALL.replace("walk", "2s-8x8-2p-2f-coop") + evaluations(10**5)
+    (process,) = start_processes(tmp_path, arguments, 1)
+    wait_for(lambda: len(logged(tmp_path / "0")) >= 2)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert (tmp_path / "0/log").read_text().splitlines()[-1].startswith("stopped by SIGTERM after")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [("", "coordinator_address"), ("--arch.num-processes 2 --arch.process-id 2", "process_id")],
@@ -1514,9 +1536,7 @@ def test_processes_that_cannot_find_each_other_are_told_in_one_line(tmp_path, ar
     one_error(ended.stderr.splitlines(), "arch.distributed", words)
 
 
-# ------------------------------------------------------------------------------------------------
-# SOAK: python test_script.py --soak 1000
-# ------------------------------------------------------------------------------------------------
+# ---- SOAK: python test_script.py --soak 1000 -----------------------------------------------------
 
 SOAK_EVALUATIONS = 30
 SOAK_COUNTS = ("compared", "lost", "duplicated", "different")
@@ -1613,9 +1633,7 @@ def soak(num_kills):
             sys.exit("\n".join([*problems, f"what was on the disk is in {kept}"]))
 
 
-# ------------------------------------------------------------------------------------------------
-# BENCHMARK: python test_script.py
-# ------------------------------------------------------------------------------------------------
+# ---- BENCHMARK: python test_script.py ------------------------------------------------------------
 
 REPEATS = 20
 
