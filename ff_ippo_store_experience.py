@@ -52,7 +52,6 @@ import os
 import pickle
 import re
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -774,11 +773,6 @@ def critic_loss(
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec("device")
 
 
-def place_as(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
-    """A tree of arrays, on the devices as those of the tree `like` lie there."""
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, like))
-
-
 class Params(NamedTuple):
     """Parameters of both networks."""
 
@@ -1295,6 +1289,11 @@ class Recorder(contextlib.AbstractContextManager):
 # ---- CHECKPOINT: what a run needs to go on where it stopped --------------------------------------
 
 
+def place_as(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
+    """A tree of arrays, on the devices as those of the tree `like` lie there."""
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, like))
+
+
 class Progress(NamedTuple):
     """A run between two evaluations."""
 
@@ -1612,17 +1611,17 @@ def export_og_marl(
     folder, scenario = metadata["task"]["folder"], metadata["env"]["scenario"]
     path = og_marl_path(config, folder, scenario, label or part)
     require(not path.exists(), f"the export exists already, at {path}: move or delete it")
-    partial = path.with_name(f".{path.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
-    config = VaultConfig(name=path.parent.name, uid=partial.name, rel_dir=str(path.parents[1]))
     vault = None
     with storage("exporting to", path, "make room there"):
-        for episodes in iterate_episodes(name, uid, rel_dir, OG_MARL_PARTS[part]):
-            experience = to_og_marl(episodes, metadata)
-            # Chunks of 10,000 timesteps: about 5 MB of observations.
-            vault = vault or make_vault(config, experience, 10_000, {"recording": metadata})
-            write_vault(vault, experience)
-        partial.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            config = VaultConfig(name=Path(folder).name, uid=path.name, rel_dir=str(path.parent))
+            for episodes in iterate_episodes(name, uid, rel_dir, OG_MARL_PARTS[part]):
+                experience = to_og_marl(episodes, metadata)
+                # Chunks of 10,000 timesteps: about 5 MB of observations.
+                vault = vault or make_vault(config, experience, 10_000, {"recording": metadata})
+                write_vault(vault, experience)
+            Path(folder, path.name).rename(path)
     return path
 
 
@@ -1721,8 +1720,8 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
 
 def animate_episode(
     env: Environment, actor: TrainState, path: Path, seed: int = 42, greedy: bool = False
-) -> int:
-    """Draw an episode of the policy as a GIF, ten timesteps a second; returns its length."""
+) -> None:
+    """Draw an episode of the policy as a GIF, ten timesteps a second."""
     reset, step, choose = jax.jit(env.reset), jax.jit(env.step), jax.jit(act, static_argnums=3)
     key = jax.random.PRNGKey(seed)
     state, timestep = reset(key)
@@ -1735,7 +1734,6 @@ def animate_episode(
         states.append(state)
     with matplotlib.rc_context({"animation.writer": "pillow", "figure.dpi": 40}):
         env.unwrapped.animate(jax.device_get(states), interval=100, save_path=str(path))
-    return len(states)
 
 
 def save_results(
