@@ -174,7 +174,7 @@ class VaultConfig:
     uid: str | None = None  # identifier of this recording; by default date, time, random number
     rel_dir: str = "vaults"  # folder of all vaults, from the working directory
     save_interval: Count = 5  # evaluations between writes to disk
-    # transitions that the buffer holds, in whole evaluations; by default save_interval of them
+    # transitions that the buffer holds, in whole evaluations; by default save_interval, up to 1 GB
     max_length: OptionalCount = None
     # compression as Flashbax takes it, such as id gzip level 5; by default zstd at level 1
     compression: dict[str, int | str] | None = None
@@ -312,9 +312,9 @@ stderr_filter: subprocess.Popen | None = None
 if IS_SCRIPT and (arch := tyro.cli(Config).arch).distributed:
     # Where process 0 dies, JAX ends the others with a page of text: one line of it is passed on,
     # and nothing that comes after an error.
-    script = r"""/^[EW][0-9]+ .*(preemption_sync|coordination_service)|GRPC|grpc|googleapis/d
-        s/^F.*Terminating.*/error: another process ended: use checkpoint.resume on all/;p
-        /^error:/{:a;n;ba;}"""
+    script = r"""s/^F.*Terminating.*/error: another process ended: use checkpoint.resume on all/
+        /^error:/{p;:a;n;ba;}
+        /^[EW][0-9]+ .*(preemption_sync|coordination_service)|GRPC|grpc|googleapis/!p"""
     command = ["sh", "-c", 'trap "" HUP INT TERM; exec sed -nuE "$0"', script]
     stderr_filter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr)
     os.dup2(stderr_filter.stdin.fileno(), 2)
@@ -1340,7 +1340,7 @@ def save_checkpoint(manager: ocp.CheckpointManager, config: Config, progress: Pr
     run = {"config": describe_config(config), "best_return": progress.best_return}
     items = ocp.args.Composite(run=ocp.args.JsonSave(run), state=ocp.args.StandardSave(state))
     with storage("saving a checkpoint in", manager.directory, "make room there, then resume"):
-        manager.save(len(evaluations), args=items)
+        manager.save(len(evaluations), args=items)  # Orbax leaves out a step that is saved already
 
 
 def load_checkpoint(
@@ -1456,7 +1456,7 @@ class Episodes(NamedTuple):
     length: np.ndarray  # (K,) int64, timesteps
     episode_return: np.ndarray  # (K,) float32, the agents' mean reward, summed
     recorded_at: np.ndarray  # (K,) int64, environment steps of training before the episode's first
-    num_incomplete: int  # left out, as they begin or end outside of all that was asked for
+    num_incomplete: int  # left out, as their beginning or end is not in the part that was read
 
 
 def iterate_episodes(
@@ -1527,7 +1527,7 @@ def iterate_episodes(
             length=length,
             episode_return=np.add.reduceat(reward, position).astype(np.float32),
             recorded_at=begin[chosen] * len(done),
-            num_incomplete=num_incomplete,
+            num_incomplete=num_incomplete if stop == last else 0,
         )
 
 
@@ -1553,6 +1553,7 @@ def load_episodes(
     for part in parts:
         part = part._replace(start=part.start + episodes.length.sum())
         jax.tree.map(append, episodes[:-1], part[:-1])
+        episodes = episodes._replace(num_incomplete=part.num_incomplete)
     return episodes
 
 
@@ -1880,14 +1881,17 @@ def run_experiment(config: Config = Config(), env: Environment | None = None) ->
             if recorder and not is_alone:
                 begin(recorder.write)
                 recording.result()
-            state, params = gather((progress.state, progress.best_params))
-            begin(write, progress._replace(state=state, best_params=params))
+            saved = progress
+            if checkpoint.save:
+                state, params = gather((progress.state, progress.best_params))
+                saved = progress._replace(state=state, best_params=params)
+            begin(write, saved)
 
-        def write(progress):
+        def write(saved):
             if recorder:
                 recorder.write()
             if manager:
-                save_checkpoint(manager, config, progress)
+                save_checkpoint(manager, config, saved)
 
         def evaluate_actor(actor, key):
             key, *keys = jax.random.split(key, mesh.size + 1)
@@ -2012,7 +2016,7 @@ def end_at_once(status: int, message: str) -> None:
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         print(message, file=sys.stderr, flush=True)
         if stderr_filter is not None:
-            os.close(2)  # its end
+            os.close(2)  # nobody can write to the filter any more, so it ends
             stderr_filter.wait(timeout=5)
     os._exit(status)
 

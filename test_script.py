@@ -802,7 +802,7 @@ def test_every_complete_episode_comes_back_once_and_in_order(rollouts, num_steps
             num_incomplete=num_incomplete,
         )
         whole = jax.tree.map(lambda *x: np.concatenate([np.atleast_1d(y) for y in x]), *parts)
-        whole = whole._replace(start=expected.start, num_incomplete=whole.num_incomplete[0])
+        whole = whole._replace(start=expected.start, num_incomplete=whole.num_incomplete.sum())
         for actual in (episodes, whole):
             assert_equal(actual, expected)
             assert [x.dtype for x in actual[1:-1]] == [x.dtype for x in expected[1:-1]]
