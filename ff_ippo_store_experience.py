@@ -11,7 +11,6 @@
 #     "distrax>=0.1.7,<0.2",
 #     "jumanji>=1.1.2,<1.2",
 #     "chex>=0.1.90,<0.2",
-#     "orbax-checkpoint>=0.11.22,<0.13",
 #     "tyro>=0.9.0,<2",
 #     "tqdm>=4.66,<5",
 # ]
@@ -21,9 +20,7 @@
     python ff_ippo_store_experience.py --system.num-updates 10 --arch.num-evaluation 2
 
 or, from Python, `run_experiment(Config())`.  The system is Mava's Anakin IPPO
-(https://github.com/instadeepai/Mava); the file reads in the order in which data flows.
-
-Shapes are given in these letters, on every array and in every docstring:
+(https://github.com/instadeepai/Mava); the file reads in the order in which data flows.  In shapes:
 
     D   devices                          N   agents
     NU  updates per evaluation           O   features of one agent's observation
@@ -31,56 +28,48 @@ Shapes are given in these letters, on every array and in every docstring:
     T   timesteps per rollout            B   any batch of environments, within a device UB * NE
     NE  environments                     E   evaluations
 
-Each device holds UB sets of NE environments, each with a random key of its own; the gradient is the
-mean over all sets and devices.
+Each device holds UB batches of NE environments, each with its own random key; the gradient is the
+mean over all batches and devices.
 """
 
 import builtins
 import contextlib
 import dataclasses
 import datetime
-import errno
 import fcntl
 import functools
 import importlib.metadata
 import io
 import json
-import logging
 import math
-import operator
 import os
-import pickle
 import re
 import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_origin
 from unittest import mock
 
-import chex
 import distrax
 import flashbax as fbx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tensorstore
 import tyro
 from chex import Array, ArrayTree, PRNGKey
 from flashbax.buffers.trajectory_buffer import TrajectoryBuffer, TrajectoryBufferState
 from flashbax.vault import Vault
+from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.training.train_state import TrainState
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
@@ -89,120 +78,85 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
 
+
 # ---- CONFIGURATION -------------------------------------------------------------------------------
-
-
-def bounded(kind: Any, words: str, holds: Callable[[Any], bool]) -> Any:
-    """The type of a field that has a bound, whose words stand in its help and in its error."""
-    hint = tyro.conf.arg(help_behavior_hint=lambda default: f"({words}; default: {default})")
-    return Annotated[kind, words, holds, hint]
-
-
-Count = bounded(int, "at least 1", lambda value: value >= 1)
-OptionalCount = bounded(int | None, "at least 1", lambda value: value is None or value >= 1)
-Seed = bounded(int, "from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
-Positive = bounded(float, "above 0", lambda value: value > 0)
-NotNegative = bounded(float, "at least 0", lambda value: value >= 0)
-Fraction = bounded(float, "from 0 to 1", lambda value: 0 <= value <= 1)
-LayerSizes = bounded(
-    tuple[int, ...], "layers of at least 1 unit", lambda sizes: all(size >= 1 for size in sizes)
-)
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SystemConfig:
     """Independent PPO, with Mava's defaults."""
 
-    total_timesteps: OptionalCount = None  # environment steps in all; if set, decides num_updates
-    num_updates: Count = 1000  # PPO updates in all, a multiple of arch.num_evaluation
-    seed: Seed = 42  # seed of every random number
+    total_timesteps: int | None = None  # environment steps in all; if set, decides num_updates
+    num_updates: int = 1000  # PPO updates in all, a multiple of arch.num_evaluation
+    seed: int = 42  # seed of every random number
     learn: bool = True  # update the policy; without, it is recorded as it is
     add_agent_id: bool = True  # put a one-hot of the agent's index in front of its observation
-    actor_lr: Positive = 2.5e-4  # Adam's learning rate for the actor
-    critic_lr: Positive = 2.5e-4  # Adam's learning rate for the critic
-    update_batch_size: Count = 2  # environment sets per device; their gradients are averaged (UB)
-    rollout_length: Count = 128  # timesteps of each environment between updates (T)
-    ppo_epochs: Count = 4  # passes over the transitions of a rollout
-    num_minibatches: Count = 2  # minibatches in each pass, dividing rollout_length * arch.num_envs
-    gamma: Fraction = 0.99  # discount per timestep
-    gae_lambda: Fraction = 0.95  # lambda of the generalised advantage estimate
-    clip_eps: Positive = 0.2  # clip range of the probability ratio and of the value
-    ent_coef: NotNegative = 0.01  # entropy coefficient
-    vf_coef: NotNegative = 0.5  # value loss coefficient
-    max_grad_norm: Positive = 0.5  # global norm to which gradients are clipped
+    actor_lr: float = 2.5e-4  # Adam's learning rate for the actor
+    critic_lr: float = 2.5e-4  # Adam's learning rate for the critic
+    update_batch_size: int = 2  # batches of environments on each device (UB)
+    rollout_length: int = 128  # timesteps of each environment between updates (T)
+    ppo_epochs: int = 4  # passes over the transitions of a rollout
+    num_minibatches: int = 2  # minibatches in each pass, dividing rollout_length * arch.num_envs
+    gamma: float = 0.99  # discount per timestep
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    clip_eps: float = 0.2  # clip range of the probability ratio and of the value
+    ent_coef: float = 0.01  # entropy coefficient
+    vf_coef: float = 0.5  # value loss coefficient
+    max_grad_norm: float = 0.5  # global norm to which gradients are clipped
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ArchConfig:
     """Anakin: how much runs side by side, and how often it is evaluated."""
 
-    num_envs: Count = 16  # environments in each of the system.update_batch_size sets (NE)
-    num_evaluation: Count = 200  # evaluations, evenly spaced over training (E)
-    num_eval_episodes: Count = 32  # episodes per evaluation, a multiple of the number of devices
-    num_absolute_metric_eval_episodes: Count = 320  # episodes for the absolute metric
+    num_envs: int = 16  # environments in each of the system.update_batch_size batches (NE)
+    num_evaluation: int = 200  # evaluations, evenly spaced over training (E)
+    num_eval_episodes: int = 32  # episodes per evaluation, a multiple of the number of devices
+    num_absolute_metric_eval_episodes: int = 320  # episodes for the absolute metric
     absolute_metric: bool = True  # evaluate the best parameters once more at the end
     evaluation_greedy: bool = False  # evaluate the most probable action instead of a sampled one
     distributed: bool = False  # be one of several processes, each with devices of its own
     coordinator_address: str | None = None  # of process 0, host:port, if the cluster does not say
-    num_processes: OptionalCount = None  # processes in all, if the cluster does not say
+    num_processes: int | None = None  # processes in all, if the cluster does not say
     process_id: int | None = None  # which of them this is, from 0, if the cluster does not say
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EnvConfig:
     """The task."""
 
-    # one of TASKS, such as small-4ag (RobotWarehouse) or 15x15-3p-5f (LevelBasedForaging)
-    scenario: str = "tiny-2ag"
-    time_limit: OptionalCount = None  # timesteps until an episode is cut off; by default 500 or 100
+    scenario: str = "tiny-2ag"  # one of TASKS, such as small-4ag or 2s-8x8-2p-2f-coop
+    time_limit: int | None = None  # timesteps until an episode is cut off; by default 500 or 100
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class NetworkConfig:
     """Torsos of the actor and the critic."""
 
-    actor_layer_sizes: LayerSizes = (128, 128)  # units of each ReLU layer of the actor
-    critic_layer_sizes: LayerSizes = (128, 128)  # units of each ReLU layer of the critic
+    actor_layer_sizes: tuple[int, ...] = (128, 128)  # units of each ReLU layer of the actor
+    critic_layer_sizes: tuple[int, ...] = (128, 128)  # units of each ReLU layer of the critic
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class VaultConfig:
-    """Where and how the experience is recorded: REL_DIR/NAME/UID."""
+    """The folder of the run, REL_DIR/NAME/UID: vault, checkpoint, metrics and pictures."""
 
     save: bool = True  # record the experience
-    name: str = "ff_ippo_rware"  # name of the vault; for another family of tasks ff_ippo_lbf, say
-    uid: str | None = None  # identifier of this recording; by default date, time, random number
+    name: str | None = None  # name of the vault; by default ff_ippo_rware, ff_ippo_lbf, ...
+    uid: str | None = None  # identifier of this run; by default date, time, random number
     rel_dir: str = "vaults"  # folder of all vaults, from the working directory
-    save_interval: Count = 5  # evaluations between writes to disk
-    # transitions that the buffer holds, in whole evaluations; by default save_interval, up to 1 GB
-    max_length: OptionalCount = None
-    # compression as Flashbax takes it, such as id gzip level 5; by default zstd at level 1
-    compression: dict[str, int | str] | None = None
+    save_interval: int = 5  # evaluations between writes to disk
     # recorded too: any of next_observation, log_prob, value, discount, step_count, truncation
     extra_leaves: tuple[str, ...] = ()
-    og_marl: bool = False  # also export the vault in OG-MARL's layout, to REL_DIR/NAME_UID/rware
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run needs to go on: REL_DIR/NAME/UID, with the vault's name and uid."""
+    """Where training begins."""
 
-    save: bool = True  # save a checkpoint after each write to the vault; the newest two are kept
-    resume: bool = False  # go on from the last checkpoint of vault.uid, to as many updates or more
-    rel_dir: str = "checkpoints"  # folder of all checkpoints, from the working directory
-    load_params: str | None = None  # begin with the best parameters of a run, checkpoints/NAME/UID
+    resume: bool = False  # go on where the run vault.uid stopped; a finished run may grow
+    load_params: str | None = None  # begin with the best parameters of a run, vaults/NAME/UID
 
 
-@dataclass(frozen=True)
-class ResultsConfig:
-    """Metrics and pictures of the run: REL_DIR/NAME/UID, with the vault's name and uid."""
-
-    save: bool = True  # save the metrics and, at the end, pictures of them and of the vault
-    rel_dir: str = "results"  # folder of all results, from the working directory
-    animation: bool = False  # save an animation too, of one episode of the best parameters
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Train independent PPO and record the experience into a Flashbax Vault."""
 
@@ -212,11 +166,10 @@ class Config:
     network: NetworkConfig = NetworkConfig()
     vault: VaultConfig = VaultConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    results: ResultsConfig = ResultsConfig()
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line that says what to change."""
+    """A run that cannot be started as it is configured; one line says what to change."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -225,105 +178,11 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def run_path(rel_dir: str, config: VaultConfig) -> Path:
-    """The folder REL_DIR/NAME/UID, absolute; a `ConfigError` where Flashbax would mistake it."""
-    for name, value in (("name", config.name), ("uid", str(config.uid))):
-        plain = 0 < len(os.fsencode(value)) < 200 and value not in (".", "..") and "/" not in value
-        require(plain, f"vault.{name} {value!r} is not the name of a folder: choose another")
-    path = Path(os.path.abspath(rel_dir), config.name, str(config.uid))
-    plain = str(path).isprintable() and not set(str(path)) & set("#%?|\\")
-    require(plain, f"{str(path)!r} has one of # % ? | \\, which a URL cannot hold")
-    return path
-
-
-def check_config(config: Config, num_devices: int, env: "Environment | None" = None) -> Config:
-    """The configuration with nothing left open; a `ConfigError` before anything is created."""
-
-    def check(name, holds, bound):
-        require(holds, f"{name} is {operator.attrgetter(name)(config)}: it must {bound}")
-
-    for group, settings in vars(config).items():
-        for name, hint in get_type_hints(type(settings), include_extras=True).items():
-            words, holds, *_ = getattr(hint, "__metadata__", ("", lambda _: True))
-            check(f"{group}.{name}", holds(getattr(settings, name)), f"be {words}")
-
-    system, arch, checkpoint, vault = config.system, config.arch, config.checkpoint, config.vault
-    transitions = system.rollout_length * arch.num_envs
-    few = system.update_batch_size * transitions < 2**31
-    check("arch.num_envs", few, "be lower: a rollout has too many transitions for 32 bits")
-    divide = f"divide system.rollout_length * arch.num_envs, {transitions}"
-    check("system.num_minibatches", transitions % system.num_minibatches == 0, divide)
-    multiple = f"be a multiple of the number of devices, {num_devices}"
-    check("arch.num_eval_episodes", arch.num_eval_episodes % num_devices == 0, multiple)
-    updates, evaluations = system.num_updates, arch.num_evaluation
-    if system.total_timesteps is not None:
-        steps = num_devices * system.update_batch_size * transitions * evaluations
-        updates = math.ceil(system.total_timesteps / steps) * evaluations
-        system = dataclasses.replace(system, num_updates=updates)
-    remedy = f"set arch.num_evaluation to {math.gcd(updates, evaluations)}, say"
-    multiple = f"be a multiple of arch.num_evaluation, {evaluations}: {remedy}"
-    check("system.num_updates", updates % evaluations == 0, multiple)
-    unknown = [name for name in vault.extra_leaves if name not in EXTRA_LEAVES]
-    require(not unknown, f"vault.extra_leaves {unknown}: choose from {', '.join(EXTRA_LEAVES)}")
-    try:
-        tensorstore.Spec({"driver": "zarr", "metadata": {"compressor": vault.compression}})
-    except ValueError as error:
-        raise ConfigError(f"vault.compression {vault.compression} is unknown") from error
-    initialised = not arch.distributed or jax.distributed.is_initialized()
-    problem = "arch.distributed needs jax.distributed.initialize before this file is imported"
-    require(initialised, problem)
-    resumable = not checkpoint.resume or (checkpoint.save and vault.uid)
-    require(resumable, "checkpoint.resume needs checkpoint.save, and the vault.uid of the run")
-
-    task = find_task(config.env, env)
-    name = f"ff_ippo_{task.folder}" if vault.name == VaultConfig.name else vault.name
-    new_uid = f"{datetime.datetime.now():%Y%m%d%H%M%S}-{secrets.token_hex(4)}"
-    uid = broadcast(new_uid) if vault.uid is None else vault.uid
-    extra_leaves = tuple(dict.fromkeys((*task.extra_leaves, *vault.extra_leaves)))
-    vault = dataclasses.replace(vault, name=name, uid=uid, extra_leaves=extra_leaves)
-    env_config = EnvConfig(task.scenario, config.env.time_limit or task.time_limit)
-    config = dataclasses.replace(config, system=system, env=env_config, vault=vault)
-
-    paths: list[Path] = []
-    for group, settings in vars(config).items():
-        is_vault = group == "vault"
-        if getattr(settings, "save", False) and (is_vault or jax.process_index() == 0):
-            path = run_path(settings.rel_dir, part_of(vault) if is_vault else vault)
-            folder = f"{group}.rel_dir {settings.rel_dir!r}"
-            require(path not in paths, f"{folder} is taken: choose another")
-            problem = f"vault.uid {uid!r} exists already, at {path}: choose another"
-            free = checkpoint.resume or not path.exists()
-            require(free, f"{problem}, or go on by checkpoint.resume")
-            parent = next(parent for parent in path.parents if parent.exists())
-            writable = parent.is_dir() and os.access(parent, os.W_OK)
-            require(writable, f"{folder} cannot be written: choose another")
-            paths.append(path)
-    if vault.save and vault.og_marl:
-        export = og_marl_path(vault, task.folder, task.scenario)
-        require(not export.exists(), f"the export exists already, at {export}: move or delete it")
-    return config
-
-
-# ---- PROCESSES -----------------------------------------------------------------------------------
-
 # Several processes find each other before one touches a device, as importing Jumanji does.
-IS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not pasted into a notebook
-stderr_filter: subprocess.Popen | None = None
-if IS_SCRIPT and (arch := tyro.cli(Config).arch).distributed:
-    # Where process 0 dies, JAX ends the others with a page of text: one line of it is passed on,
-    # and nothing that comes after an error.
-    script = r"""s/^F.*Terminating.*/error: another process ended: use checkpoint.resume on all/
-        /^error:/{p;:a;n;ba;}
-        /^[EW][0-9]+ .*(preemption_sync|coordination_service)|GRPC|grpc|googleapis/!p"""
-    command = ["sh", "-c", 'trap "" HUP INT TERM; exec sed -nuE "$0"', script]
-    stderr_filter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr)
-    os.dup2(stderr_filter.stdin.fileno(), 2)
-    stderr_filter.stdin.close()
+if "--arch.distributed" in sys.argv and not jax.distributed.is_initialized():
+    arch = tyro.cli(Config).arch
     this_process = (arch.coordinator_address, arch.num_processes, arch.process_id)
-    try:
-        jax.distributed.initialize(*this_process, heartbeat_timeout_seconds=30)
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"error: arch.distributed: {error}")
+    jax.distributed.initialize(*this_process, heartbeat_timeout_seconds=30)
 
 # Imported in a notebook, Jumanji chooses a backend of matplotlib that may not be installed.
 with mock.patch.object(builtins, "__IPYTHON__", False, create=True):
@@ -337,50 +196,24 @@ with mock.patch.object(builtins, "__IPYTHON__", False, create=True):
 
 
 def gather(tree: ArrayTree) -> ArrayTree:
-    """Arrays that are spread over all devices, as NumPy's; all processes must call it."""
+    """Arrays that are spread over all devices, or of each process, as NumPy's; all must call it."""
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def broadcast(value: Any) -> Any:
-    """What process 0 gives it, on every process; all must call it."""
-    if jax.process_count() == 1:
-        return value
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    return pickle.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
-
-
-def part_of(config: VaultConfig) -> VaultConfig:
-    """The vault in which this process records the rows of its own devices: UID, or UID-p0of2."""
-    index, count = jax.process_index(), jax.process_count()
-    uid = config.uid if count == 1 else f"{config.uid}-p{index}of{count}"
-    return dataclasses.replace(config, uid=uid)
-
-
-def part_paths(path: Path) -> list[Path]:
-    """The vaults of a recording, by process: its folder, or UID-p0of2 and so on."""
-    is_part = re.compile(re.escape(path.name) + r"-p\d+of\d+").fullmatch  # and not UID-profile
-    parts = [part for part in path.parent.glob("*") if is_part(part.name)]
-    in_order = sorted(parts, key=lambda part: (len(part.name), part.name))  # p2of12 before p10of12
-    return [path] if path.exists() or not in_order else in_order
-
-
 # ---- ENVIRONMENT ---------------------------------------------------------------------------------
-
-
 class Task(NamedTuple):
-    """What a scenario is made of, and what others call it."""
+    """What a scenario is made of."""
 
     make: Callable[[int], Environment]  # of the time limit
     time_limit: int  # timesteps, by default
-    environment: str  # marl-eval's name of the family
-    folder: str  # OG-MARL's name of the family
+    marl_eval_name: str  # marl-eval's name of the family
+    og_marl_name: str  # OG-MARL's name of the family
     actions: tuple[str, ...] = ()  # for the pictures; by default numbers
     extra_leaves: tuple[str, ...] = ("truncation",)  # recorded by default
     scenario: str = ""
 
 
-def warehouse(**size: int) -> Task:
+def warehouse_task(**size: int) -> Task:
     """A RobotWarehouse, whose vault is the original's: no leaf but `done` tells of an end."""
     size = {"shelf_columns": 3, "column_height": 8, "sensor_range": 1, **size}
     make = lambda time_limit: Warehouse(rware.RandomGenerator(**size), time_limit)
@@ -388,7 +221,7 @@ def warehouse(**size: int) -> Task:
     return Task(make, 500, "RobotWarehouse", "rware", actions, extra_leaves=())
 
 
-def foraging(**size: int) -> Task:
+def lbf_task(**size: int) -> Task:
     """A LevelBasedForaging."""
     make = lambda time_limit: Foraging(lbf.RandomGenerator(**size), time_limit=time_limit)
     actions = ("noop", "up", "down", "left", "right", "load")
@@ -397,22 +230,22 @@ def foraging(**size: int) -> Task:
 
 # To add a task is to add an entry.  "2s" sees 2 cells far (`fov`), the others the whole grid.
 TASKS: dict[str, Task] = {
-    "tiny-2ag": warehouse(shelf_rows=1, num_agents=2, request_queue_size=2),
-    "tiny-4ag": warehouse(shelf_rows=1, num_agents=4, request_queue_size=4),
-    "tiny-4ag-easy": warehouse(shelf_rows=1, num_agents=4, request_queue_size=8),
-    "small-4ag": warehouse(shelf_rows=2, num_agents=4, request_queue_size=4),
-    "2s-8x8-2p-2f-coop": foraging(grid_size=8, fov=2, num_agents=2, num_food=2, force_coop=True),
-    "8x8-2p-2f-coop": foraging(grid_size=8, fov=8, num_agents=2, num_food=2, force_coop=True),
-    "2s-10x10-3p-3f": foraging(grid_size=10, fov=2, num_agents=3, num_food=3),
-    "10x10-3p-3f": foraging(grid_size=10, fov=10, num_agents=3, num_food=3),
-    "15x15-3p-5f": foraging(grid_size=15, fov=15, num_agents=3, num_food=5),
-    "15x15-4p-3f": foraging(grid_size=15, fov=15, num_agents=4, num_food=3),
-    "15x15-4p-5f": foraging(grid_size=15, fov=15, num_agents=4, num_food=5),
+    "tiny-2ag": warehouse_task(shelf_rows=1, num_agents=2, request_queue_size=2),
+    "tiny-4ag": warehouse_task(shelf_rows=1, num_agents=4, request_queue_size=4),
+    "tiny-4ag-easy": warehouse_task(shelf_rows=1, num_agents=4, request_queue_size=8),
+    "small-4ag": warehouse_task(shelf_rows=2, num_agents=4, request_queue_size=4),
+    "2s-8x8-2p-2f-coop": lbf_task(grid_size=8, fov=2, num_agents=2, num_food=2, force_coop=True),
+    "8x8-2p-2f-coop": lbf_task(grid_size=8, fov=8, num_agents=2, num_food=2, force_coop=True),
+    "2s-10x10-3p-3f": lbf_task(grid_size=10, fov=2, num_agents=3, num_food=3),
+    "10x10-3p-3f": lbf_task(grid_size=10, fov=10, num_agents=3, num_food=3),
+    "15x15-3p-5f": lbf_task(grid_size=15, fov=15, num_agents=3, num_food=5),
+    "15x15-4p-3f": lbf_task(grid_size=15, fov=15, num_agents=4, num_food=3),
+    "15x15-4p-5f": lbf_task(grid_size=15, fov=15, num_agents=4, num_food=5),
 }
 
 
 def find_task(config: EnvConfig, env: Environment | None = None) -> Task:
-    """The task, by name or of an environment of one's own; a `ConfigError` says what it lacks."""
+    """The task, by name or of an environment of your own; a `ConfigError` says what it lacks."""
     if env is None:
         name, names = config.scenario, ", ".join(TASKS)
         require(name in TASKS, f"env.scenario {name!r} is unknown: choose one of {names}")
@@ -467,19 +300,18 @@ class AgentWrapper(Wrapper):
     def _per_agent(self, state: State, timestep: TimeStep) -> tuple[State, TimeStep]:
         view = timestep.observation.agents_view.astype(jnp.float32)
         if self.add_agent_id:
-            view = jnp.concatenate([jnp.eye(len(view)), view], axis=1)
+            view = jnp.concatenate([jnp.eye(len(view), dtype=view.dtype), view], axis=1)
         mask = getattr(timestep.observation, "action_mask", None)
-        if mask is None:  # all actions are legal
+        if mask is None:  # all actions that an agent has are legal
             with jax.ensure_compile_time_eval():  # the specification would be traced, too
-                num_actions = int(np.max(self._env.action_spec.num_values))
-            mask = jnp.ones((len(view), num_actions))
-        # What the team has in common is that of each agent.
-        spread = lambda x: jnp.broadcast_to(x, len(view)).astype(jnp.float32)
-        reward, discount = spread(timestep.reward), spread(timestep.discount)
-        observation = Observation(view, mask.astype(bool))
-        return state, timestep.replace(
-            observation=observation, reward=reward, discount=discount, extras={}
-        )
+                num_actions = np.asarray(self._env.action_spec.num_values)  # (N,)
+            mask = jnp.arange(num_actions.max()) < num_actions.reshape(-1, 1)
+            mask = jnp.broadcast_to(mask, (len(view), mask.shape[1]))
+        seen = {"observation": Observation(view, mask.astype(bool)), "extras": {}}
+        for name in ("reward", "discount"):  # what the team has in common is that of each agent
+            value = jnp.broadcast_to(getattr(timestep, name), len(view))
+            seen[name] = value.astype(jnp.float32)
+        return state, timestep.replace(**seen)
 
 
 class EpisodeMetrics(NamedTuple):
@@ -585,8 +417,6 @@ class Foraging(LevelBasedForaging):
 
 
 # ---- NETWORKS ------------------------------------------------------------------------------------
-
-
 class Layers(nn.Module):
     """Dense layers with orthogonal weights, (..., F) -> (rows, sizes[-1])."""
 
@@ -645,8 +475,6 @@ def init_networks(
 
 
 # ---- ROLLOUT -------------------------------------------------------------------------------------
-
-
 def act(actor: TrainState, observation: Observation, keys: PRNGKey, greedy: bool = False) -> Array:
     """Actions (B, N) int32 on observations (B, N, .); each of K `keys` (K, 2) samples B / K."""
     logits = actor.apply_fn(actor.params, observation)
@@ -654,7 +482,7 @@ def act(actor: TrainState, observation: Observation, keys: PRNGKey, greedy: bool
         return distrax.Categorical(logits).mode()
     sample = jax.vmap(lambda key, logits: distrax.Categorical(logits).sample(seed=key))
     action = sample(keys, logits.reshape(len(keys), -1, *logits.shape[1:]))
-    return action.reshape(logits.shape[:-1])
+    return action.reshape(logits.shape[:-1]).astype(jnp.int32)
 
 
 class Transition(NamedTuple):
@@ -685,31 +513,22 @@ def rollout(
         observation = env_state.observation
         action = act(actor, observation, policy_keys)
         env_state, timestep = jax.vmap(functools.partial(step_environment, env))(env_state, action)
-        transition = Transition(
-            done=jnp.broadcast_to(timestep.last()[:, None], action.shape),
-            action=action,
-            reward=timestep.reward,
-            discount=timestep.discount,
-            observation=observation,
-            next_observation=timestep.observation,
-            metrics=env_state.metrics,
-        )
+        done = jnp.broadcast_to(timestep.last()[:, None], action.shape)
+        outcome = timestep.reward, timestep.discount, observation, timestep.observation
+        transition = Transition(done, action, *outcome, env_state.metrics)
         return (keys, env_state), transition
 
     return jax.lax.scan(step, (keys, env_state), None, rollout_length)
 
 
 # ---- ADVANTAGE -----------------------------------------------------------------------------------
-
-
 def calculate_advantage(
     reward: Array, done: Array, value: Array, last_value: Array, gamma: float, gae_lambda: float
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimate (Schulman et al., 2016), and the values' targets.
+    """Generalised advantage estimate (Schulman et al., 2016) and lambda-returns, (T, ...) float32.
 
     All are (T, ...) float32 but `done`, bool, past which nothing is bootstrapped, and `last_value`,
     (...), of the observation after the last step; `value` is of those that were acted on.
-    Returns the advantages and the lambda-returns, both (T, ...) float32.
     """
 
     def backward(carry, step):
@@ -725,8 +544,6 @@ def calculate_advantage(
 
 
 # ---- LOSSES --------------------------------------------------------------------------------------
-
-
 def actor_loss(
     params: ArrayTree,
     apply: Callable[..., Array],
@@ -768,7 +585,6 @@ def critic_loss(
 
 
 # ---- LEARNER -------------------------------------------------------------------------------------
-
 # How arrays lie on the devices: the same on each, or spread along their first axis.
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec("device")
 
@@ -781,10 +597,7 @@ class Params(NamedTuple):
 
 
 class LearnerState(NamedTuple):
-    """Everything that training carries from one update to the next, here on one device.
-
-    Outside `learn`, the first axis of the keys and of the environments is D times as long.
-    """
+    """What training carries on, here on one device; outside `learn`, axes of UB have D * UB."""
 
     actor: TrainState
     critic: TrainState
@@ -803,11 +616,11 @@ def init_learner(
     key: PRNGKey, params_key: PRNGKey, env: Environment, config: Config, mesh: Mesh
 ) -> LearnerState:
     """The initial state on the mesh's devices: both networks by `params_key`, the rest by `key`."""
-    num_sets = mesh.size * config.system.update_batch_size
+    num_batches = mesh.size * config.system.update_batch_size
 
     def init(key, params_key):
-        keys = jax.random.split(key, num_sets * config.arch.num_envs + 1)
-        policy_keys = jax.random.split(keys[0], num_sets + 1)[1:]
+        keys = jax.random.split(key, num_batches * config.arch.num_envs + 1)
+        policy_keys = jax.random.split(keys[0], num_batches + 1)[1:]
         env_state = reset_environments(env, jax.vmap(jax.random.split)(keys[1:])[:, 1])
         # With a dtype of their own also where an environment puts Python's numbers into its state.
         env_state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), env_state)
@@ -821,18 +634,18 @@ def init_learner(
 
 def update_minibatch(
     actor: TrainState, critic: TrainState, batch: tuple, indices: Array, config: SystemConfig
-) -> tuple[TrainState, TrainState, dict[str, Array]]:
+) -> tuple[tuple[TrainState, TrainState], dict[str, Array]]:
     """One step of both optimisers, along the gradient's mean over UB and over the devices.
 
     `batch` holds transitions, advantages and lambda-returns of the rollout, (T * UB * NE, N, ...),
     and `indices` (UB, M) those of the minibatch.  Returns also the losses, each () float32.
     """
     transition, advantage, target = jax.tree.map(lambda x: x[indices], batch)  # (UB, M, N, ...)
-    mean = advantage.mean(axis=(1, 2), keepdims=True)  # each set is normalised by itself
+    mean = advantage.mean(axis=(1, 2), keepdims=True)  # each batch by itself
     advantage = (advantage - mean) / (advantage.std(axis=(1, 2), keepdims=True) + 1e-8)
 
-    # The mean of the sets' gradients is the gradient of their mean loss: one copy of the parameters
-    # and one matrix product serve them all.
+    # The mean of the batches' gradients is the gradient of their mean loss: one copy of the
+    # parameters and one matrix product serve them all.
     actor_grads, actor_losses = jax.grad(actor_loss, has_aux=True)(
         actor.params, actor.apply_fn, transition, advantage, config.clip_eps, config.ent_coef
     )
@@ -840,12 +653,11 @@ def update_minibatch(
         critic.params, critic.apply_fn, transition, target, config.clip_eps, config.vf_coef
     )
     gradients = actor_grads, critic_grads, {**actor_losses, **critic_losses}
-    # One message for all arrays: two CPU devices learn 8 % faster than with one for each.  (Without
-    # the barrier, one device is 2 % slower.)
+    # One message for all arrays, behind a barrier: two CPU devices learn 8 % faster, one 2 %.
     flat, unravel = ravel_pytree(jax.lax.optimization_barrier(gradients))
     actor_grads, critic_grads, losses = unravel(jax.lax.pmean(flat, axis_name="device"))
     actor = actor.apply_gradients(grads=actor_grads)
-    return actor, critic.apply_gradients(grads=critic_grads), losses
+    return (actor, critic.apply_gradients(grads=critic_grads)), losses
 
 
 def update(
@@ -853,7 +665,7 @@ def update(
 ) -> tuple[LearnerState, tuple[Transition, dict[str, Array]]]:
     """One update of independent PPO, as in Mava, on one device.
 
-    Returns the new state; the transitions, (T, UB * NE, ...), and the mean losses, each () float32.
+    Returns also the transitions, (T, UB * NE, ...), and the mean losses, each () float32.
     """
     actor, critic, keys, env_state = state
 
@@ -873,28 +685,21 @@ def update(
         transitions.reward, transitions.done, value, last_value, config.gamma, config.gae_lambda
     )
 
-    # MINIBATCHES: each of the UB sets shuffles its own transitions, counted in the order of (T, NE)
-    num_epochs, num_sets = config.ppo_epochs, config.update_batch_size
-    num_envs = advantage.shape[1] // num_sets
-    split = jax.vmap(jax.random.split, out_axes=1)
-    keys, shuffle_keys = jax.lax.scan(lambda keys, _: tuple(split(keys)), keys, None, num_epochs)
-    permute = functools.partial(jax.random.permutation, x=config.rollout_length * num_envs)
-    permutation = jax.vmap(jax.vmap(permute))(shuffle_keys)
-    timestep, env_index = jnp.divmod(permutation, num_envs)  # (epochs, UB, T * NE)
-    set_index = jnp.arange(num_sets)[:, None]
-    indices = (timestep * num_sets + set_index) * num_envs + env_index  # in (T, UB, NE)
-    # (epochs, UB, minibatches * M) -> (epochs * minibatches, UB, M)
-    indices = indices.reshape(num_epochs, num_sets, config.num_minibatches, -1)
-    indices = indices.swapaxes(1, 2).reshape(-1, num_sets, indices.shape[-1])
-    # (T, UB * NE, ...) -> (T * UB * NE, ...)
-    flatten = lambda x: x.reshape(-1, *x.shape[2:])
+    # MINIBATCHES: each of the UB batches shuffles the positions of its own transitions
+    num_batches = config.update_batch_size
+    flatten = lambda x: x.reshape(-1, *x.shape[2:])  # (T, UB * NE, ...) -> (T * UB * NE, ...)
     batch = jax.tree.map(flatten, (transitions, advantage, target))
+    position = jnp.arange(len(batch[1])).reshape(config.rollout_length, num_batches, -1)
+    position = position.swapaxes(0, 1).reshape(num_batches, -1)  # (T, UB, NE) -> (UB, T * NE)
+    split = lambda keys, _: tuple(jax.vmap(jax.random.split, out_axes=1)(keys))
+    keys, shuffle_keys = jax.lax.scan(split, keys, None, config.ppo_epochs)
+    indices = jax.vmap(jax.vmap(jax.random.permutation), (0, None))(shuffle_keys, position)
+    # (epochs, UB, minibatches * M) -> (epochs * minibatches, UB, M)
+    indices = indices.reshape(config.ppo_epochs, num_batches, config.num_minibatches, -1)
+    indices = indices.swapaxes(1, 2).reshape(-1, num_batches, indices.shape[-1])
 
     # UPDATE
-    def step(carry, indices):
-        actor, critic, losses = update_minibatch(*carry, batch, indices, config)
-        return (actor, critic), losses
-
+    step = lambda networks, indices: update_minibatch(*networks, batch, indices, config)
     (actor, critic), losses = jax.lax.scan(step, (actor, critic), indices)
     losses = jax.tree.map(jnp.mean, losses)
     return LearnerState(actor, critic, keys, env_state), (transitions, losses)
@@ -906,7 +711,7 @@ class LearnerOutput(NamedTuple):
     state: LearnerState  # for the next call
     experience: dict[str, Array]  # leaves (D, NU, UB, T, NE, ...)
     metrics: EpisodeMetrics  # of the training episodes, (D, NU, UB, T, NE)
-    losses: dict[str, Array]  # (NU,) float32, mean over devices, sets and minibatches
+    losses: dict[str, Array]  # (NU,) float32, mean over devices, batches and minibatches
     finite: Array  # (NU,) bool, no loss and no parameter is infinite or not a number
 
 
@@ -935,15 +740,12 @@ def make_learn(
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
-
-
 def evaluate(
     env: Environment, actor: TrainState, key: PRNGKey, num_episodes: int, greedy: bool = False
 ) -> EpisodeMetrics:
-    """Play whole episodes side by side, until the last of them has ended.
+    """Play whole episodes side by side, until the last has ended, as Gorsane et al. (2022) advise.
 
-    Returns their returns and lengths, (num_episodes,), all of them done.  How often, and the
-    absolute metric, follow Gorsane et al. (2022).
+    Returns their returns and lengths, (num_episodes,), done but for those past `env.time_limit`.
     """
 
     def step(carry):
@@ -953,16 +755,14 @@ def evaluate(
         state, timestep = jax.vmap(env.step)(state, action)
         # An environment whose episode has ended is stepped on, but not counted.
         reward = jnp.where(metrics.done, 0.0, timestep.reward.mean(axis=-1))
-        metrics = EpisodeMetrics(
-            metrics.episode_return + reward,
-            metrics.episode_length + jnp.where(metrics.done, 0, 1),
-            metrics.done | timestep.last(),
-        )
+        episode_length = metrics.episode_length + ~metrics.done
+        done = metrics.done | timestep.last()
+        metrics = EpisodeMetrics(metrics.episode_return + reward, episode_length, done)
         return key, EnvState(state, timestep.observation, metrics)
 
     key, reset_key = jax.random.split(key)
     env_state = reset_environments(env, jax.random.split(reset_key, num_episodes))
-    going_on = lambda carry: ~carry[1].metrics.done.all()
+    going_on = lambda x: (~x[1].metrics.done & (x[1].metrics.episode_length < env.time_limit)).any()
     return jax.lax.while_loop(going_on, step, (key, env_state))[1].metrics
 
 
@@ -970,26 +770,43 @@ class Evaluation(NamedTuple):
     """What is known after one evaluation."""
 
     step_count: int  # environment steps of training so far
-    elapsed_time: float  # seconds since the first evaluation
+    elapsed_time: float  # seconds of training and evaluating so far
     steps_per_second: float  # of the training since the evaluation before
     episode_return: np.ndarray  # (num_eval_episodes,) float32
     episode_length: np.ndarray  # (num_eval_episodes,) int32, timesteps
     train_episode_return: float  # mean of the training episodes that ended since, nan if none did
     losses: dict[str, float]  # mean since, of "actor_loss", "value_loss" and "entropy"
 
+    def __str__(self) -> str:
+        means = {"episode return": self.episode_return.mean(), "length": self.episode_length.mean()}
+        parts = [f", {name} {value:.4g}" for name, value in {**means, **self.losses}.items()]
+        return f"step {self.step_count:,}: {self.steps_per_second:,.0f} steps/s{''.join(parts)}"
+
 
 def make_evaluate(
-    env: Environment, num_episodes: int, greedy: bool, mesh: Mesh
-) -> Callable[[TrainState, PRNGKey], EpisodeMetrics]:
-    """`evaluate` of an actor with the keys (D, 2), its episodes spread over the devices."""
-    num_episodes //= mesh.size
-    evaluate_part = lambda actor, keys: evaluate(env, actor, keys[0], num_episodes, greedy)
+    env: Environment, num_parallel: int, greedy: bool, mesh: Mesh
+) -> Callable[..., tuple[np.ndarray, EpisodeMetrics]]:
+    """A function that evaluates an actor with a key (2,), `num_parallel` episodes at a time.
+
+    It takes the number of episodes, too, and returns the next key, and the metrics on the host.
+    """
+    part = lambda actor, keys: evaluate(env, actor, keys[0], num_parallel // mesh.size, greedy)
     specs = {"in_specs": (REPLICATED, SHARDED), "out_specs": SHARDED}
-    return jax.jit(jax.shard_map(evaluate_part, mesh=mesh, check_vma=False, **specs))
+    evaluate_parts = jax.jit(jax.shard_map(part, mesh=mesh, check_vma=False, **specs))
+
+    def evaluate_all(actor, key, num_episodes=num_parallel):
+        metrics = []
+        for _ in range(0, num_episodes, num_parallel):
+            key, *keys = np.asarray(jax.random.split(key, mesh.size + 1))
+            metrics.append(gather(evaluate_parts(actor, np.stack(keys))))
+            problem = f"an episode of {type(env._env).__name__} has not ended at its time_limit"
+            require(metrics[-1].done.all(), f"{problem}, {env.time_limit}")
+        return key, jax.tree.map(lambda *x: np.concatenate(x)[:num_episodes], *metrics)
+
+    return evaluate_all
 
 
 # ---- RECORDING -----------------------------------------------------------------------------------
-
 # The leaves of the vault, and those that may be asked for.
 LEAVES = ("done", "action", "reward", "observation", "legal_action_mask")
 EXTRA_LEAVES = ("next_observation", "log_prob", "value", "discount", "step_count", "truncation")
@@ -1004,7 +821,7 @@ def select_leaves(transition: Transition, extra_leaves: tuple[str, ...]) -> dict
         "legal_action_mask": transition.observation.action_mask,
         "next_observation": transition.next_observation.agents_view,
         "step_count": jnp.broadcast_to(step_count, transition.action.shape),
-        "truncation": transition.done & (transition.discount != 0),
+        "truncation": transition.done & (transition.discount != 0).any(axis=-1, keepdims=True),
     }
     return {name: leaves[name] for name in (*LEAVES, *extra_leaves)}
 
@@ -1016,394 +833,216 @@ def reshape_experience(experience: dict[str, Array]) -> dict[str, Array]:
     return jax.tree.map(rows, experience)
 
 
-def make_buffer(max_length: int, add_batch_size: int) -> TrajectoryBuffer:
-    """Flashbax's flat buffer of `max_length` transitions, in `add_batch_size` rows."""
-    return fbx.make_flat_buffer(
-        max_length=max_length,
-        min_length=add_batch_size,
-        sample_batch_size=1,
-        add_sequences=True,
-        add_batch_size=add_batch_size,
-    )
-
-
-# Whose versions are kept in the vault's metadata.
-PACKAGES = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
+def make_buffer(num_rows: int, num_timesteps: int) -> TrajectoryBuffer:
+    """Flashbax's flat buffer, of `num_rows` rows of `num_timesteps` timesteps."""
+    lengths = {"max_length": num_rows * num_timesteps, "min_length": num_rows}
+    options = {"sample_batch_size": 1, "add_sequences": True, "add_batch_size": num_rows}
+    return fbx.make_flat_buffer(**lengths, **options)
 
 
 def describe_recording(config: Config, task: Task, experience: dict[str, Any]) -> dict[str, Any]:
     """What `metadata.json` keeps beside the vault of leaves (D, NU, UB, T, NE, ...)."""
     num_devices, num_updates, *_, num_agents, num_actions = experience["legal_action_mask"].shape
+    packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
     return {
         **dataclasses.asdict(config),
-        "task": {name: getattr(task, name) for name in ("environment", "folder", "actions")},
-        "policy": {"params": config.checkpoint.load_params or "initial", "episode_return": None},
-        "num_agents": num_agents,
-        "num_actions": num_actions,
-        "num_devices": num_devices,
-        "process": {"index": jax.process_index(), "count": jax.process_count()},
-        "num_updates_per_eval": num_updates,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "task": {"og_marl_name": task.og_marl_name, "actions": task.actions},
+        **{"num_agents": num_agents, "num_actions": num_actions},
+        **{"num_devices": num_devices, "num_updates_per_eval": num_updates},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
-class RecordingError(RuntimeError):
-    """A vault or a checkpoint could not be written or read; the message is one line."""
+def run_path(name: str, uid: str, rel_dir: str = "vaults") -> Path:
+    """The folder REL_DIR/NAME/UID, absolute; a `ConfigError` where Flashbax would mistake it."""
+    path = Path(os.path.abspath(rel_dir), name, uid)
+    plain = path.parts[-2:] == (name, uid) and "." not in (name[0], uid[0])
+    plain = plain and str(path).isprintable() and not set(str(path)) & set("#%?|\\")
+    require(plain, f"{str(path)!r} must be made of plain names, without # % ? | \\")
+    return path
+
+
+def part_paths(path: Path, count: int) -> list[Path]:
+    """The folders of a run of `count` processes: `path`, or of several UID-p0of2 and so on."""
+    parts = [path.with_name(f"{path.name}-p{index}of{count}") for index in range(count)]
+    return parts if count > 1 else [path]
+
+
+def find_parts(path: Path) -> set[Path]:
+    """Those of the folders of a run that exist, whatever the number of processes."""
+    is_part = re.compile(rf"{re.escape(path.name)}(-p\d+of\d+)?").fullmatch  # and not UID-profile
+    return {folder for folder in path.parent.glob("*") if is_part(folder.name)}
+
+
+def own_path(config: VaultConfig) -> Path:
+    """The folder of this process."""
+    path = run_path(config.name, config.uid, config.rel_dir)
+    return part_paths(path, jax.process_count())[jax.process_index()]
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that is whole at any time: a new one takes the place of the old one at once."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 @contextlib.contextmanager
-def storage(action: str, path: Path, remedy: str) -> Iterator[None]:
-    """Turns what libraries raise about files into one line: `ConfigError` or `RecordingError`."""
-    try:
-        yield
-    except (ConfigError, RecordingError):
-        raise
-    except Exception as error:
-        if getattr(error, "errno", None) in (errno.EEXIST, errno.ENOTEMPTY):
-            raise ConfigError(f"{path} exists already: choose another vault.uid") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" [source")[0]
-        reason = f"{reason[:80]} ... {reason[-80:]}" if len(reason) > 165 else reason
-        raise RecordingError(f"{action} {path} failed: {reason}: {remedy}") from error
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to make and to fill, which is moved to `path` once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as temporary:
+        folder = Path(temporary, path.name)
+        yield folder
+        require(not path.exists(), f"{path} exists already: choose another name")
+        folder.rename(path)
 
 
-@contextlib.contextmanager
-def optional(what: str) -> Iterator[None]:
-    """A run goes on without what fails here."""
-    try:
-        yield
-    except Exception as error:
-        warnings.warn(f"{what} failed: {error}", stacklevel=3)
-
-
-def claim(path: Path, exist_ok: bool) -> io.TextIOBase:
-    """Make a folder, and keep other processes out of it until the file that is returned is closed.
-
-    Where it exists already, unless `exist_ok`, or another process holds it: a `ConfigError`.
-    """
-    with storage("making", path, "make room there, or choose another folder"):
-        try:
-            path.mkdir(parents=True, exist_ok=exist_ok)
-            lock = (path / "lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another process is recording into {path}") from error
-        return lock
-
-
-MAX_CHUNK_SIZE = 2**22  # elements in a chunk of the vault on disk: 16 MB of float32
-MAX_BUFFER_SIZE = 2**30  # bytes of the buffer by default, unless one rollout has more
-
-
-def set_chunks(store: tensorstore.TensorStore, chunk_length: int) -> None:
-    """Create an empty leaf of a vault anew, in chunks of `chunk_length` timesteps of many rows.
-
-    Otherwise TensorStore chooses chunks across rollouts: each write codes some of the earlier ones
-    again, which takes 1.5 times the processor time, and leaves 30 % more on disk.
-    """
-    row_shape = (chunk_length, *store.shape[2:])
-    num_rows = min(store.shape[0], max(1, MAX_CHUNK_SIZE // math.prod(row_shape)))
-    spec = store.spec().to_json()
-    spec["metadata"]["chunks"] = [num_rows, *row_shape]
-    tensorstore.open(spec, create=True, delete_existing=True).result()
-
-
-def make_vault(
-    config: VaultConfig, experience: dict[str, Any], chunk_length: int, metadata: dict[str, Any]
-) -> Vault:
-    """Create the vault; by default with zstd, three times as fast as Flashbax's gzip, and smaller.
+def make_vault(path: Path, experience: Any, chunk_length: int, metadata: dict[str, Any]) -> Vault:
+    """Create a vault at `path`, with zstd: three times as fast as Flashbax's gzip, and smaller.
 
     It is for leaves (D * NU * UB * NE, any, ...), arrays or shapes, in chunks of `chunk_length`
-    timesteps, best a divisor of what each write brings; `metadata` is kept beside, in
-    `metadata.json`.  Where the vault exists already, there is a `ConfigError`.
+    timesteps, best a divisor of what each write brings: chunks that TensorStore chooses are coded
+    again by later writes, which takes 1.5 times the processor time and leaves 30 % more on disk.
     """
-    path = run_path(config.rel_dir, config)
-    making = storage("making the vault", path, "make room there, or choose another folder")
-    with making, contextlib.redirect_stdout(io.StringIO()):  # Flashbax's advice on writing
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            vault = Vault(
-                vault_name=folder,  # absolute, so that nothing is put in front
-                vault_uid=path.name,
-                experience_structure=experience,
-                compression=config.compression or {"id": "zstd", "level": 1},
-                metadata=metadata,
-            )
-            jax.tree.map(lambda store: set_chunks(store, chunk_length), vault._all_datastores)
-            Path(folder, path.name).rename(path)  # it has its name only when it is whole
-    return open_vault(config.name, config.uid, config.rel_dir)[0]
+    with contextlib.redirect_stdout(io.StringIO()):  # Flashbax's advice is for other buffers
+        options = {"compression": {"id": "zstd", "level": 1}, "metadata": metadata}
+        vault = Vault(str(path.parent), experience, vault_uid=path.name, **options)
+
+    def set_chunks(store):
+        row_shape = (chunk_length, *store.shape[2:])
+        num_rows = min(store.shape[0], max(1, 2**22 // math.prod(row_shape)))  # 16 MB of float32
+        spec = store.spec().to_json()
+        spec["metadata"]["chunks"] = [num_rows, *row_shape]
+        return tensorstore.open(spec, create=True, delete_existing=True).result()
+
+    vault._all_datastores = jax.tree.map(set_chunks, vault._all_datastores)
+    return vault
 
 
 def open_vault(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Vault, dict[str, Any]]:
-    """A vault that exists, and the metadata that `run_experiment` kept beside it.
-
-    There is a FileNotFoundError where there is none, a `RecordingError` where it cannot be read.
-    """
-    path = run_path(rel_dir, VaultConfig(name=name, uid=uid))
-    if not path.exists():
-        raise FileNotFoundError(f"there is no vault in {path}")
-    reading = storage("reading the vault", path, "it is damaged: record it again")
-    with reading, contextlib.redirect_stdout(io.StringIO()):
-        metadata = json.loads((path / "metadata.json").read_text())
-        return Vault(vault_name=name, vault_uid=uid, rel_dir=rel_dir), metadata
-
-
-def to_plain(value: Any) -> Any:
-    """What JSON can hold of a value: of NumPy's numbers, Python's."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that who reads it meanwhile finds whole: a new one takes its place at once."""
-    with storage("writing", path, "make room there"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(content, default=to_plain))
-        path.with_suffix(".tmp").replace(path)
-
-
-def update_metadata(path: Path, changes: dict[str, Any]) -> None:
-    """Change entries of what is kept beside a vault."""
-    path = path / "metadata.json"
-    write_json(path, {**json.loads(path.read_text()), **changes})
-
-
-def write_vault(vault: Vault, experience: dict[str, Array]) -> None:
-    """Append leaves (D * NU * UB * NE, any, ...) to the vault."""
-    length = jax.tree.leaves(experience)[0].shape[1]
-    # Of no timestep, Flashbax takes the interval for its default, up to this index: also nothing.
-    state = TrajectoryBufferState(experience=experience, current_index=0, is_full=False)
-    with ThreadPoolExecutor(1) as thread:  # it starts an event loop: a notebook's own is running
-        thread.submit(vault.write, state, source_interval=(0, length)).result()
-
-
-def buffer_capacity(config: VaultConfig, experience: Any) -> int:
-    """How many rollouts, of leaves (D, NU, UB, T, NE, ...), the buffer holds.
-
-    There is a `ConfigError` where it does not hold one, or does not fit into memory: a process that
-    asks for too much may be killed.
-    """
-    leaves = jax.tree.leaves(experience)
-    num_transitions = math.prod(leaves[0].shape[:5])
-    rollout_size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    fitting = min(config.save_interval, max(1, MAX_BUFFER_SIZE // rollout_size))
-    capacity = fitting if config.max_length is None else config.max_length // num_transitions
-    least = f"at least {num_transitions} transitions, those between two evaluations"
-    require(capacity > 0, f"vault.max_length is {config.max_length}: it must hold {least}")
-    # Beside the buffer and the copy of it that is being written, one rollout is being made.
-    size = (2 * capacity + 1) * rollout_size
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        available = stats["bytes_limit"] * jax.local_device_count()
-    else:  # a CPU, whose devices share one memory
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = f"{size / 1e9:,.1f} GB of the {available / 1e9:,.1f} GB of memory"
-    large = "arch.num_envs, vault.max_length, or raise arch.num_evaluation"
-    require(size <= available, f"the experience takes {sizes}: lower {large}")
-    return capacity
-
-
-class Recorder(contextlib.AbstractContextManager):
-    """Gathers experience in a buffer, and writes it to a vault: what is left when it is closed."""
-
-    def __init__(
-        self,
-        config: VaultConfig,
-        experience: Any,
-        metadata: dict[str, Any],
-        mesh: Mesh,
-        num_written: int | None = None,
-    ):
-        """Create the buffer and the vault for leaves (D, NU, UB, T, NE, ...), arrays or shapes.
-
-        `num_written` is for going on with a vault, after as many rollouts of each row: what it
-        holds past them is overwritten.  A `ConfigError` says where the buffer cannot hold one or
-        does not fit into memory, or the vault is another's.
-        """
-        *axes, self.rollout_length, num_envs = jax.tree.leaves(experience)[0].shape[:5]
-        self.num_rows = math.prod(axes) * num_envs
-        require(bool(config.uid) and config.save, "a recorder needs vault.uid and vault.save")
-        self.capacity = buffer_capacity(config, experience)
-        buffer = make_buffer(self.capacity * self.num_rows * self.rollout_length, self.num_rows)
-        replicated, sharded = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, SHARDED)
-        shardings = TrajectoryBufferState(
-            experience=sharded, current_index=replicated, is_full=replicated
-        )
-        transition = jax.tree.map(lambda x: jnp.zeros(x.shape[5:], x.dtype), experience)
-        self.buffer_state = jax.jit(buffer.init, out_shardings=shardings)(transition)
-
-        def add(state, experience, index):
-            return buffer.add(state.replace(current_index=index), reshape_experience(experience))
-
-        self.add_to_buffer = jax.jit(add, donate_argnums=0)  # in place: there is no second buffer
-        self.path = run_path(config.rel_dir, config)
-        if num_written is None or not (num_written or self.path.exists()):
-            make_vault(config, self.buffer_state.experience, self.rollout_length, metadata)
-        require(self.path.exists(), f"there is no vault in {self.path}: record it again")
-        self.lock = claim(self.path, exist_ok=True)
-        # TensorStore's next write would go into such a file of a process that was killed, without
-        # truncating it, and make the vault unreadable.
-        for stale in self.path.rglob("*.__lock"):
-            stale.unlink()
-        self.vault, _ = open_vault(config.name, config.uid, config.rel_dir)
-        self.num_added = self.num_written = num_written or 0  # rollouts of each row
-        whole = self.vault.vault_index >= self.num_written * self.rollout_length
-        require(whole, f"{self.path} holds less than its checkpoint: record it again")
-        update_metadata(self.path, metadata)
-        self.turn = threading.RLock()  # to add or to write
-
-    @property
-    def num_timesteps(self) -> int:
-        """Environment steps that are on disk, also of the other processes, which write alike."""
-        return self.num_written * self.num_rows * self.rollout_length * jax.process_count()
-
-    def add(self, experience: dict[str, Array]) -> None:
-        """Add leaves (D, NU, UB, T, NE, ...) to the buffer; where it is full, write it first."""
-        with self.turn:
-            if self.num_added - self.num_written == self.capacity:
-                self.write()
-            index = np.int32((self.num_added - self.num_written) * self.rollout_length)
-            self.buffer_state = self.add_to_buffer(self.buffer_state, experience, index)
-            self.num_added += 1
-
-    def write(self) -> None:
-        """Write what was added since the last write; raises a `RecordingError` where it fails."""
-        remedy = "make room there, then use checkpoint.resume"
-        with self.turn:
-            length = (self.num_added - self.num_written) * self.rollout_length
-            new = jax.tree.map(lambda x: x[:, :length], self.buffer_state.experience)
-            # Not after what failed, nor after what a run that goes on had written too much.
-            self.vault.vault_index = self.num_written * self.rollout_length
-            with storage("writing the vault", self.path, remedy):
-                write_vault(self.vault, new)
-            self.num_written = self.num_added
-
-    def __exit__(self, error_type: Any, *_: Any) -> None:
-        try:
-            self.write()
-        except Exception:
-            if error_type in (None, KeyboardInterrupt):
-                raise  # any other error says more
-        finally:
-            self.lock.close()
+    """A vault that exists, and its metadata; a FileNotFoundError where there is none."""
+    path = run_path(name, uid, rel_dir)
+    metadata = json.loads((path / "metadata.json").read_text())
+    return Vault(vault_name=name, vault_uid=uid, rel_dir=rel_dir), metadata
 
 
 # ---- CHECKPOINT: what a run needs to go on where it stopped --------------------------------------
-
-
-def place_as(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
-    """A tree of arrays, on the devices as those of the tree `like` lie there."""
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, like))
-
-
 class Progress(NamedTuple):
     """A run between two evaluations."""
 
     state: LearnerState
-    eval_key: PRNGKey
+    eval_key: np.ndarray  # (2,) uint32
     best_params: Params  # of the evaluation with the highest mean return
     best_return: float
     evaluations: list[Evaluation]
 
-
-def open_checkpoints(path: Path) -> ocp.CheckpointManager:
-    """Orbax's manager of the checkpoints in a folder, of which it keeps the newest two."""
-    index = jax.process_index()  # of several processes, only this one takes part
-    processes = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
-    options = {"max_to_keep": 2, "create": False, "enable_async_checkpointing": False}
-    options = ocp.CheckpointManagerOptions(**options, multiprocessing_options=processes)
-    return ocp.CheckpointManager(path, options=options)
+    def add(self, state: LearnerState, key: np.ndarray, evaluation: Evaluation) -> "Progress":
+        """The progress after one more evaluation, with the key of the next."""
+        best, mean_return = self[2:4], float(evaluation.episode_return.mean())
+        if mean_return >= self.best_return:
+            best = state.params, mean_return
+        return Progress(state, key, *best, [*self.evaluations, evaluation])
 
 
-def describe_config(config: Config) -> dict[str, Any]:
-    """What must be the same where a run goes on, from a setting's name to its value."""
-    groups = json.loads(json.dumps(dataclasses.asdict(config), default=to_plain))
-    settings = {f"{group}.{name}": x for group, xs in groups.items() for name, x in xs.items()}
-    process = ("distributed", "coordinator_address", "num_processes", "process_id")
-    for name in ("system.total_timesteps", "checkpoint.resume", *(f"arch.{x}" for x in process)):
-        del settings[name]
-    num_updates_per_eval = settings.pop("system.num_updates") // settings.pop("arch.num_evaluation")
-    settings["system.num_updates / arch.num_evaluation"] = num_updates_per_eval
-    settings["the number of devices"] = jax.device_count()
-    settings["the number of processes"] = jax.process_count()
-    return settings
+def place(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
+    """NumPy arrays of this process, on the devices as those of the tree `like` lie there."""
+    put = lambda new, old: jax.make_array_from_process_local_data(old.sharding, new)
+    return jax.tree.map(put, tree, like)
 
 
-def save_checkpoint(manager: ocp.CheckpointManager, config: Config, progress: Progress) -> None:
-    """Save `progress`, of NumPy arrays, by its number of evaluations; a crash leaves the last."""
-    evaluations = progress.evaluations
-    state = {
-        "learner": jax.tree.leaves(progress.state),
-        "eval_key": np.asarray(progress.eval_key),
-        "params": progress.best_params._asdict(),
-    }
-    if evaluations:
-        state["evaluations"] = jax.tree.map(lambda *x: np.stack(x), *evaluations)._asdict()
-    run = {"config": describe_config(config), "best_return": progress.best_return}
-    items = ocp.args.Composite(run=ocp.args.JsonSave(run), state=ocp.args.StandardSave(state))
-    with storage("saving a checkpoint in", manager.directory, "make room there, then resume"):
-        manager.save(len(evaluations), args=items)  # Orbax leaves out a step that is saved already
+def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
+    """The beginning of a run, with the parameters that are to be loaded."""
+    key, eval_key, params_key = jax.random.split(jax.random.PRNGKey(config.system.seed), 3)
+    state = init_learner(key, params_key, env, config, mesh)
+    exists = gather(np.array([own_path(config.vault).exists()])).all()
+    if config.checkpoint.load_params and not exists:
+        params = load_params(config.checkpoint.load_params)
+        same = jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, params)
+        require(same, f"checkpoint.load_params {config.checkpoint.load_params} has other networks")
+        actor, critic = place(multihost_utils.broadcast_one_to_all(params), state.params)
+        actor, critic = state.actor.replace(params=actor), state.critic.replace(params=critic)
+        state = state._replace(actor=actor, critic=critic)
+    return Progress(state, np.asarray(eval_key), state.params, -math.inf, [])
 
 
-def load_checkpoint(
-    manager: ocp.CheckpointManager | None, config: Config, progress: Progress
-) -> Progress:
-    """The progress that was saved last, placed on the devices as the beginning's `progress` is.
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """What must be the same where a run goes on, from a setting's name to its value.
 
-    Process 0, which has a manager, reads it for all; where there is none, `progress` comes back.  A
-    `ConfigError` names the first difference where it is of another configuration.
+    It is what determines the data, or which parameters are the best.
     """
-    remedy = "delete it to go on from the one before"
-    saved = path = None
-    if manager is not None and manager.latest_step() is not None:
-        path = Path(manager.directory, str(manager.latest_step()))
-        items = ocp.args.Composite(run=ocp.args.JsonRestore(), state=ocp.args.StandardRestore())
-        with storage("reading the checkpoint", path, remedy):
-            saved = dict(manager.restore(manager.latest_step(), args=items).items())
-    saved = broadcast(saved)
-    if saved is None:
-        return progress
-    run, state = saved["run"], saved["state"]
-    for name, value in describe_config(config).items():
-        old = run["config"].get(name)
+    groups = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples
+    names = {group: list(groups[group]) for group in ("system", "env", "network")}
+    names["system"] = [x for x in names["system"] if x not in ("total_timesteps", "num_updates")]
+    names["arch"] = ["num_envs", "num_eval_episodes", "evaluation_greedy"]
+    names["vault"] = ["save", "extra_leaves"]
+    random = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_enable_x64")
+    return {
+        **{f"{group}.{name}": groups[group][name] for group in names for name in names[group]},
+        **{name: getattr(jax.config, name) for name in random},
+        "updates per evaluation": config.system.num_updates // config.arch.num_evaluation,
+        "number of devices": jax.device_count(),
+        "number of processes": jax.process_count(),
+    }
+
+
+def save_checkpoint(path: Path, config: Config, progress: Progress, mesh: Mesh) -> None:
+    """Save this process's part of `progress` in the folder `path`; the one before is kept."""
+    own_part = multihost_utils.global_array_to_host_local_array
+    state = own_part(progress.state, mesh, STATE_SPECS)
+    content = {
+        "settings": fixed_settings(config),
+        "state": [np.asarray(x) for x in jax.tree.leaves(state)],
+        "eval_key": progress.eval_key,
+        "params": jax.device_get(own_part(progress.best_params, mesh, REPLICATED))._asdict(),
+        "best_return": progress.best_return,
+        "evaluations": [evaluation._asdict() for evaluation in progress.evaluations],
+    }
+    write_file(path / f"checkpoint.{len(progress.evaluations)}", msgpack_serialize(content))
+    for _, old in sorted(find_checkpoints(path).items())[:-2]:
+        old.unlink()
+
+
+def find_checkpoints(path: Path) -> dict[int, Path]:
+    """The checkpoints in the folder of a run, by the number of evaluations done."""
+    return {int(file.suffix[1:]): file for file in path.glob("checkpoint.*")}
+
+
+def load_checkpoint(file: Path, config: Config, like: Progress) -> Progress:
+    """The progress that was saved, on the devices as `like` lies there.
+
+    A `ConfigError` names the first difference where it is of another configuration.
+    """
+    saved = msgpack_restore(file.read_bytes())
+    for name, value in fixed_settings(config).items():
+        old = saved["settings"].get(name)
         require(value == old, f"{name} is {value}, but {old} in the run that is to go on")
-    columns = state.get("evaluations", {"step_count": []})
-    num_done, num_evaluation = len(columns["step_count"]), config.arch.num_evaluation
-    done = f"arch.num_evaluation is {num_evaluation}, but {num_done} are done already"
-    require(num_done <= num_evaluation, done)
-    with storage("reading the checkpoint", path, remedy):
-        leaves, structure = jax.tree.flatten(progress.state)
-        chex.assert_trees_all_equal_shapes(state["learner"], leaves)
-        learner = place_as(structure.unflatten(state["learner"]), progress.state)
-        params = place_as(Params(**state["params"]), progress.best_params)
-        fields = [columns[name] for name in Evaluation._fields] if num_done else []
-        rows = (jax.tree.map(lambda x: x[index], fields) for index in range(num_done))
-        evaluations = [Evaluation(*row) for row in rows]
-    return Progress(learner, state["eval_key"], params, run["best_return"], evaluations)
+    num_done, num_evaluation = len(saved["evaluations"]), config.arch.num_evaluation
+    problem = f"arch.num_evaluation is {num_evaluation}, but {num_done} are done already"
+    require(num_done <= num_evaluation, problem)
+    state = place(jax.tree.structure(like.state).unflatten(saved["state"]), like.state)
+    best = place(Params(**saved["params"]), like.best_params), saved["best_return"]
+    evaluations = [Evaluation(**evaluation) for evaluation in saved["evaluations"]]
+    return Progress(state, saved["eval_key"], *best, evaluations)
 
 
 def load_params(path: str | Path) -> Params:
-    """The best parameters of a run; `path` is the folder of its checkpoints, checkpoints/NAME/UID.
-
-    There is a FileNotFoundError where it has none, a `RecordingError` where they cannot be read.
-    """
+    """The best parameters of a run, vaults/NAME/UID; a FileNotFoundError where there are none."""
     path = Path(path).absolute()
-    if not any(child.name.isdigit() for child in path.glob("*")):
+    files = find_checkpoints(min(find_parts(path), default=path))
+    if not files:
         raise FileNotFoundError(f"there is no checkpoint in {path}")
-    items = ocp.args.Composite(state=ocp.args.StandardRestore())
-    with storage("reading a checkpoint in", path, "it is damaged"), open_checkpoints(path) as saved:
-        return Params(**saved.restore(saved.latest_step(), args=items).state["params"])
+    return Params(**msgpack_restore(files[max(files)].read_bytes())["params"])
 
 
 # ---- OFFLINE: episodes from a vault, OG-MARL's layout --------------------------------------------
-
-
 def restore_time_order(
     experience: ArrayTree, num_devices: int, num_updates_per_eval: int, rollout_length: int
 ) -> ArrayTree:
     """Each environment's own stream of timesteps, unbroken, from the rows of a vault.
 
-    With NU > 1 a row of the vault holds every NU-th rollout of an environment, end to end: read
-    along a row, time jumps wherever one rollout ends and the next begins.  Leaves
-    (D * NU * UB * NE, E * T, ...) of E evaluations, NumPy or JAX, come back as
+    With NU > 1 a row of the vault holds every NU-th rollout of an environment, end to end: time
+    jumps where one ends.  Leaves (D * NU * UB * NE, E * T, ...), of NumPy or JAX, come back as
     (D * UB * NE, E * NU * T, ...), one row for each environment.
     """
 
@@ -1421,21 +1060,16 @@ def restore_time_order(
 def open_recording(
     name: str, uid: str, rel_dir: str = "vaults"
 ) -> tuple[dict[str, tensorstore.TensorStore], int, dict[str, Any]]:
-    """What is on disk of a recording, that of several processes as one.
+    """Leaves (D * NU * UB * NE, any, ...) on disk, the timesteps that they hold, and the metadata.
 
-    Returns its leaves (D * NU * UB * NE, any, ...), how many timesteps they hold, and its metadata.
-    Raises what `open_vault` does, also where it is not of this file; warns of missing parts.
+    The parts of several processes are read as one; there is a `ConfigError` where one is missing,
+    and a FileNotFoundError where there is no vault.
     """
-    path = run_path(rel_dir, VaultConfig(name=name, uid=uid))
-    parts = [open_vault(name, part.name, rel_dir) for part in part_paths(path)]
-    vaults, metadata = zip(*parts, strict=True)
-    if "num_updates_per_eval" not in metadata[0]:
-        raise RecordingError(f"{path} is no recording of ff_ippo_store_experience.py")
-    if not path.exists():  # it has the parts of several processes
-        present = {part["process"]["index"] for part in metadata}
-        missing = sorted(set(range(metadata[0]["process"]["count"])) - present)
-        if missing:
-            warnings.warn(f"{path} is without the parts {missing}", stacklevel=1)
+    path = run_path(name, uid, rel_dir)
+    found = find_parts(path) or {path}
+    parts, names = part_paths(path, len(found)), ", ".join(sorted(part.name for part in found))
+    require(found == set(parts), f"{path.parent} has {names}: bring together all parts of one run")
+    vaults, metadata = zip(*(open_vault(name, part.name, rel_dir) for part in parts), strict=True)
     join = lambda *stores: tensorstore.concat(stores, axis=0)
     leaves = jax.tree.map(join, *(vault._all_datastores for vault in vaults))
     num_devices = sum(part["num_devices"] for part in metadata)
@@ -1444,120 +1078,84 @@ def open_recording(
 
 
 class Episodes(NamedTuple):
-    """K complete episodes, in the order in which they ended; S transitions in all.
+    """K complete episodes, S transitions in all.
 
-    They lie end to end along one axis, not padded: a transition is sampled with one gather of a
-    random index below S, `jnp.repeat(jnp.arange(K), length, total_repeat_length=S)` gives the ids
-    for a `segment_sum`, and what followed transition i is transition i + 1, unless `done`.
+    They lie end to end along one axis, not padded: what followed transition i is transition i + 1,
+    unless `done`; `np.repeat(np.arange(K), length)` gives the ids for a `jax.ops.segment_sum`.
     """
 
     transitions: dict[str, np.ndarray]  # leaves of the vault, (S, ...)
     start: np.ndarray  # (K,) int64, index of the first transition
     length: np.ndarray  # (K,) int64, timesteps
     episode_return: np.ndarray  # (K,) float32, the agents' mean reward, summed
-    recorded_at: np.ndarray  # (K,) int64, environment steps of training before the episode's first
-    num_incomplete: int  # left out, as their beginning or end is not in the part that was read
+    start_step: np.ndarray  # (K,) int64, environment steps of training before the episode's first
 
 
 def iterate_episodes(
     name: str,
     uid: str,
     rel_dir: str = "vaults",
-    percentiles: tuple[float, float] | None = None,
+    percentiles: tuple[float, float] = (0, 100),
     leaves: tuple[str, ...] | None = None,
-    num_steps: int = 250_000,
+    num_steps: int = 50_000,
 ) -> Iterator[Episodes]:
-    """Every complete episode of a vault, exactly once, a part of the vault at a time.
+    """Every complete episode of a vault, exactly once, a window of the vault at a time.
 
-    `percentiles` of training are read, in whole evaluations, both ends rounded down, by default all
-    of it; where they hold none, there is a `ConfigError`, else what `open_vault` raises.
-    `transitions` has these `leaves`, by default all.  `num_steps` environment steps are read at a
-    time, in whole evaluations, at least one: it changes neither the episodes nor their order.
+    A window has `num_steps` environment steps, in whole evaluations, at least one; the episodes
+    that end in it come one environment after the other.  `percentiles` of training are read, in
+    whole evaluations, both ends rounded down, and these `leaves`, by default all.  Raises what
+    `open_recording` does, and a `ConfigError` where the percentiles hold nothing.
     """
     stores, length, metadata = open_recording(name, uid, rel_dir)
-    leaves = tuple(stores if leaves is None else leaves)
-    num_updates = metadata["num_updates_per_eval"]
     rollout_length = metadata["system"]["rollout_length"]
-    num_evaluations = length // rollout_length
-    low, high = percentiles or (0, 100)
-    first, last = (int(num_evaluations * percentile / 100) for percentile in (low, high))
-    part = f"percentiles {low} to {high} of the {num_evaluations} evaluations of {name}/{uid}"
-    require(0 <= low <= high <= 100 and first < last, f"there is nothing in {part}")
-    path = run_path(rel_dir, VaultConfig(name=name, uid=uid))
+    sizes = metadata["num_devices"], metadata["num_updates_per_eval"], rollout_length
+    num_rows, num_evaluations = stores["done"].shape[0], length // rollout_length
+    first, last = (int(num_evaluations * percentile / 100) for percentile in percentiles)
+    problem = f"percentiles {percentiles} of {num_evaluations} evaluations hold none"
+    require(0 <= first < last <= num_evaluations, problem)
+    leaves = tuple(stores) if leaves is None else leaves
+    num_envs, evaluation_length = num_rows // sizes[1], sizes[1] * rollout_length
+    window = max(1, num_steps // (num_rows * rollout_length))
 
-    def read(leaves, first, last):
-        # `Vault.read` would read all leaves, whatever is asked for, onto the accelerator.
-        times = slice(first * rollout_length, last * rollout_length)
-        with storage("reading the vault", path, "it is damaged: record it again"):
-            chosen = {leaf: stores[leaf] for leaf in leaves}
-            futures = jax.tree.map(lambda store: store[:, times].read(), chosen)
-            experience = jax.tree.map(lambda future: future.result(), futures)
-        return restore_time_order(experience, metadata["num_devices"], num_updates, rollout_length)
-
-    # INDEX: where each episode lies.  Where the recording begins, episodes begin too; elsewhere an
-    # environment's first episode is known to begin only after its first `done`.
-    done = read({"done"}, first, last)["done"][..., 0]  # (D * UB * NE, time)
-    row, end = np.nonzero(done)
-    begin = np.where(np.diff(row, prepend=-1) > 0, -1 if first else 0, np.roll(end + 1, 1))
-    num_incomplete = int(np.sum(begin < 0) + np.sum(~done[:, -1]))
-    order = np.lexsort((row, end))
-    order = order[begin[order] >= 0]
-    evaluation_length = num_updates * rollout_length
-    offset = first * evaluation_length  # all times are on an environment's own clock
-    row, begin, end = row[order], begin[order] + offset, end[order] + 1 + offset
-    if len(order) == 0:
-        warnings.warn(f"no episode is complete in {part}", stacklevel=2)
-
-    # READ together the episodes that end in the same stretch of evaluations
-    stretch = max(1, num_steps // (len(done) * evaluation_length))
-    for start in range(first, last, stretch):
-        stop = min(start + stretch, last)
-        chosen = slice(*np.searchsorted(end, np.array([start, stop]) * evaluation_length + 1))
-        length = end[chosen] - begin[chosen]
-        start = min(start, begin[chosen].min(initial=last * evaluation_length) // evaluation_length)
-        experience = read({"reward", *leaves}, start, stop)
-        index = (row[chosen] * (stop - start) - start) * evaluation_length + begin[chosen]
-        position = np.cumsum(length) - length
-        index = np.repeat(index - position, length) + np.arange(length.sum())
-        transitions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[index], experience)
-        reward = transitions["reward"].mean(axis=1, dtype=np.float64)
-        yield Episodes(
-            transitions={leaf: transitions[leaf] for leaf in leaves},
-            start=position,
-            length=length,
-            episode_return=np.add.reduceat(reward, position).astype(np.float32),
-            recorded_at=begin[chosen] * len(done),
-            num_incomplete=num_incomplete if stop == last else 0,
-        )
+    # When the open episode of each environment began, on the environment's own clock.  Where the
+    # recording begins, episodes begin; elsewhere the first that is known to begin follows a `done`.
+    begin = np.full(num_envs, 0.0 if first == 0 else math.inf)
+    for start in range(first, last, window):
+        stop = min(start + window, last)
+        start = int(min(start * evaluation_length, begin.min()) // evaluation_length)
+        times = slice(start * rollout_length, stop * rollout_length)
+        # `Vault.read` would read all of all leaves, onto the accelerator.
+        part = {x: stores[x][:, times].read().result() for x in {"done", "reward", *leaves}}
+        part = restore_time_order(part, *sizes)
+        done = part["done"][..., 0]  # (B, time), B here of all devices
+        ends, time = done.any(axis=1), start * evaluation_length + np.arange(done.shape[1])
+        begin = np.where(ends & np.isinf(begin), time[done.argmax(axis=1)] + 1, begin)
+        has_ended = np.cumsum(done[:, ::-1], axis=1)[:, ::-1] > 0
+        complete = (time >= begin[:, None]) & has_ended
+        begin = np.where(ends, time[-1] + 1 - done[:, ::-1].argmax(axis=1), begin)
+        end = np.flatnonzero(done[complete]) + 1
+        first_index = np.append(0, end)[:-1]
+        reward = part["reward"][complete].mean(axis=1, dtype=np.float64)
+        episode_return = np.add.reduceat(reward, first_index).astype(np.float32)
+        start_step = time[np.nonzero(complete)[1][first_index]] * num_envs
+        transitions = {leaf: part[leaf][complete] for leaf in leaves}
+        yield Episodes(transitions, first_index, end - first_index, episode_return, start_step)
 
 
 def load_episodes(
     name: str,
     uid: str,
     rel_dir: str = "vaults",
-    percentiles: tuple[float, float] | None = None,
+    percentiles: tuple[float, float] = (0, 100),
     leaves: tuple[str, ...] | None = None,
 ) -> Episodes:
-    """The complete episodes of a vault, in memory: see `iterate_episodes`, also for the arguments.
-
-    It takes the memory of what it returns and of one part of the vault, not of a second copy.
-    """
-
-    def append(x, new):
-        size = len(x)
-        x.resize((size + len(new), *x.shape[1:]), refcheck=False)
-        x[size:] = new
-
-    parts = iterate_episodes(name, uid, rel_dir, percentiles, leaves)
-    episodes = next(parts)
-    for part in parts:
-        part = part._replace(start=part.start + episodes.length.sum())
-        jax.tree.map(append, episodes[:-1], part[:-1])
-        episodes = episodes._replace(num_incomplete=part.num_incomplete)
-    return episodes
+    """What `iterate_episodes` gives, in one; to join it takes twice the memory of the result."""
+    windows = iterate_episodes(name, uid, rel_dir, percentiles, leaves)
+    episodes = jax.tree.map(lambda *x: np.concatenate(x), *windows)
+    return episodes._replace(start=np.cumsum(episodes.length) - episodes.length)
 
 
-# What OG-MARL calls the parts of a recording, and the percentiles of training that are in them.
+# OG-MARL's names of the parts of a recording, and the percentiles of training that are in them.
 OG_MARL_PARTS = {"Replay": (0, 100), "Poor": (0, 33), "Medium": (33, 67), "Good": (67, 100)}
 
 
@@ -1576,8 +1174,8 @@ def to_og_marl(episodes: Episodes, metadata: dict[str, Any]) -> dict[str, ArrayT
     if truncated is None:
         # RobotWarehouse's vault, as the original's, has no leaf that tells: an episode as long as
         # the time limit was cut off, even if its very last step also brought a collision.
-        cut_off = episodes.length == metadata["env"]["time_limit"]  # (K,)
-        truncated = np.repeat(cut_off, episodes.length)[:, None]  # (S, 1)
+        is_cut_off = episodes.length == metadata["env"]["time_limit"]  # (K,)
+        truncated = np.repeat(is_cut_off, episodes.length)[:, None]  # (S, 1)
     experience = {
         "observations": observation,
         "actions": transitions["action"],
@@ -1589,46 +1187,38 @@ def to_og_marl(episodes: Episodes, metadata: dict[str, Any]) -> dict[str, ArrayT
     return jax.tree.map(lambda x: x[None], experience)
 
 
-def og_marl_path(config: VaultConfig, folder: str, scenario: str, label: str = "Replay") -> Path:
-    """Where an export lies, by OG-MARL's names: REL_DIR/SOURCE/ENV/SCENARIO.vlt/UID.
-
-    The source is NAME_UID of the recording, so that no two recordings meet in one folder.
-    """
-    rel_dir = os.path.join(config.rel_dir, f"{config.name}_{config.uid}", folder)
-    return run_path(rel_dir, VaultConfig(name=f"{scenario}.vlt", uid=label))
-
-
 def export_og_marl(
-    name: str, uid: str, rel_dir: str = "vaults", part: str = "Replay", label: str | None = None
+    name: str,
+    uid: str,
+    rel_dir: str = "vaults",
+    part: str = "Replay",
+    export_name: str | None = None,
+    destination: str | Path | None = None,
 ) -> Path:
     """Write a part of a vault as a vault that OG-MARL reads, episodes end to end in one row.
 
-    `part` is one of `OG_MARL_PARTS`: "Replay" is everything, the others are thirds of training.
-    Returns the folder of the export, named `label`, such as "Expert", or by default as the part; it
-    has this name only when it is whole.  Where it exists already, there is a `ConfigError`.
+    `part` is one of `OG_MARL_PARTS`, of which "Replay" is everything.  Returns the folder of the
+    export, DESTINATION/ENV/SCENARIO.vlt/NAME: the destination is by default og_marl in the folder
+    of the run, the name that of the part.  Where it exists already, there is a `ConfigError`.
     """
     *_, metadata = open_recording(name, uid, rel_dir)
-    config = VaultConfig(name=name, uid=uid, rel_dir=rel_dir)
-    folder, scenario = metadata["task"]["folder"], metadata["env"]["scenario"]
-    path = og_marl_path(config, folder, scenario, label or part)
-    require(not path.exists(), f"the export exists already, at {path}: move or delete it")
+    source = destination or min(find_parts(run_path(name, uid, rel_dir))) / "og_marl"
+    scenario, folder = metadata["env"]["scenario"], Path(source, metadata["task"]["og_marl_name"])
+    path = run_path(f"{scenario}.vlt", export_name or part, str(folder))
     vault = None
-    with storage("exporting to", path, "make room there"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            config = VaultConfig(name=Path(folder).name, uid=path.name, rel_dir=str(path.parent))
-            for episodes in iterate_episodes(name, uid, rel_dir, OG_MARL_PARTS[part]):
-                experience = to_og_marl(episodes, metadata)
-                # Chunks of 10,000 timesteps: about 5 MB of observations.
-                vault = vault or make_vault(config, experience, 10_000, {"recording": metadata})
-                write_vault(vault, experience)
-            Path(folder, path.name).rename(path)
+    # The disk has a thread: Flashbax starts an event loop, where a notebook's own is running.
+    with whole_folder(path) as folder, ThreadPoolExecutor(1) as disk:
+        for episodes in iterate_episodes(name, uid, rel_dir, OG_MARL_PARTS[part]):
+            experience = to_og_marl(episodes, metadata)
+            # Chunks of 10,000 timesteps: about 5 MB of observations.
+            vault = vault or make_vault(folder, experience, 10_000, {"recording": metadata})
+            state = TrajectoryBufferState(experience=experience, current_index=0, is_full=False)
+            interval = (0, experience["actions"].shape[1])
+            disk.submit(vault.write, state, source_interval=interval).result()
     return path
 
 
-# ---- RESULTS: metrics, pictures and animation ----------------------------------------------------
-
-
+# ---- RESULTS: metrics and pictures ---------------------------------------------------------------
 def write_metrics(
     config: Config, task: Task, evaluations: list[Evaluation], absolute_metric: float | None = None
 ) -> None:
@@ -1644,9 +1234,9 @@ def write_metrics(
     }
     if absolute_metric is not None:
         metrics["absolute_metrics"] = {"mean_episode_return": [absolute_metric]}
-    for key in (f"seed_{config.system.seed}", "ff_ippo", task.scenario, task.environment):
-        metrics = {key: metrics}
-    write_json(run_path(config.results.rel_dir, config.vault) / "metrics.json", metrics)
+    seed, scenario = f"seed_{config.system.seed}", config.env.scenario
+    metrics = {task.marl_eval_name: {scenario: {"ff_ippo": {seed: metrics}}}}
+    write_file(own_path(config.vault) / "metrics.json", json.dumps(metrics).encode())
 
 
 def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
@@ -1655,7 +1245,6 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
     returns = np.stack([evaluation.episode_return for evaluation in evaluations])
     training = [evaluation.train_episode_return for evaluation in evaluations]
     style = {"marker": "o" if len(evaluations) == 1 else None}  # there is no line through one point
-
     figure = Figure(figsize=(8.5, 5.5), dpi=150, layout="constrained")
     losses = list(evaluations[0].losses)  # none where nothing was learned
     mosaic = [["return"] * len(losses), losses] if losses else [["return"]]
@@ -1672,8 +1261,7 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
     axes.legend(loc="upper left")
     for name, axes in panels.items():
         axes.plot(steps, [e.losses[name] for e in evaluations], "#555555", linewidth=1, **style)
-        title = {"entropy": "Entropy of the policy (nats)"}
-        axes.set_title(title.get(name, name.replace("_", " ").capitalize()), fontsize="medium")
+        axes.set_title(name.replace("_", " ").capitalize(), fontsize="medium")
         axes.set_xlabel("Environment steps")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
@@ -1682,94 +1270,186 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
 def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     """What is in a vault: returns, lengths and actions, in each third of the training."""
     stores, num_timesteps, metadata = open_recording(name, uid, rel_dir)
-    episodes = load_episodes(name, uid, rel_dir, leaves=("action",))
-    returns, length = episodes.episode_return, episodes.length
+    num_steps, num_actions = num_timesteps * stores["done"].shape[0], metadata["num_actions"]
+    episodes, actions = [], np.zeros((3, num_actions), np.int64)
+    for window in iterate_episodes(name, uid, rel_dir, leaves=("action",)):
+        third = 3 * window.start_step // num_steps  # of the training, in which an episode began
+        for part in range(3):
+            chosen = window.transitions["action"][np.repeat(third == part, window.length)]
+            actions[part] += np.bincount(chosen.ravel(), minlength=num_actions)
+        episodes.append((window.episode_return, window.length, third))
+    returns, length, third = map(np.concatenate, zip(*episodes, strict=True))
     low, high = float(returns.min(initial=0)), float(returns.max(initial=0))
     if (returns == returns.round()).all():  # a whole number in the middle of each bar
         low, high = low - 0.5, low - 0.5 + 12 * math.ceil((high - low + 1) / 12)
-    bins = (
-        np.linspace(low, high, 13),
-        np.linspace(0, length.max(initial=1), 11),
-        np.arange(metadata["num_actions"] + 1) - 0.5,
-    )
-    num_steps = num_timesteps * stores["done"].shape[0]
-    third = 3 * episodes.recorded_at // max(1, num_steps)
 
     figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[4, 4, 5])
     colors = ("#A6CEE3", "#4292C6", "#08306B")  # their lightness tells them apart
-    parts = [third == part for part in range(3)]
-    labels = [
-        f"{ordinal} third of training: {part.sum():,} episodes"
-        for ordinal, part in zip(("first", "second", "last"), parts, strict=True)
-    ]
-    actions = [episodes.transitions["action"][np.repeat(part, length)].ravel() for part in parts]
-    values = ([returns[part] for part in parts], [length[part] for part in parts], actions)
-    for axes, value, edges in zip(panels, values, bins, strict=True):
-        percent = [np.full(x.size, 100 / max(1, x.size)) for x in value]
-        axes.hist(value, edges, weights=percent, color=colors, label=labels)
+    parts = {name: third == part for part, name in enumerate(("first", "second", "last"))}
+    labels = [f"{name} third of training: {x.sum():,} episodes" for name, x in parts.items()]
+    values = [[x[part] for part in parts.values()] for x in (returns, length)]
+    shares = [[np.full(x.size, 100 / max(1, x.size)) for x in value] for value in values]
+    values.append([np.arange(num_actions)] * 3)
+    shares.append([100 * x / max(1, x.sum()) for x in actions])
+    bins = np.linspace(low, high, 13), np.linspace(0, length.max(initial=1), 11)
+    bins = *bins, np.arange(num_actions + 1) - 0.5
+    for axes, value, share, edges in zip(panels, values, shares, bins, strict=True):
+        axes.hist(value, edges, weights=share, color=colors, label=labels)
     panels[0].set(xlabel="Episode return", ylabel="Share of episodes (%)")
     panels[1].set(xlabel="Episode length (timesteps)", ylabel="Share of episodes (%)")
     panels[2].set(xlabel="Action of an agent", ylabel="Share of actions (%)")
-    actions = metadata["task"]["actions"] or range(metadata["num_actions"])
-    names = [str(action).replace(" ", "\n") for action in actions]
+    names = [str(x).replace(" ", "\n") for x in metadata["task"]["actions"] or range(num_actions)]
     panels[2].set_xticks(range(len(names)), names, fontsize="small")
     entries = panels[0].get_legend_handles_labels()
     figure.legend(*entries, loc="outside upper center", ncols=3, fontsize="small")
     return figure
 
 
-def animate_episode(
-    env: Environment, actor: TrainState, path: Path, seed: int = 42, greedy: bool = False
-) -> None:
-    """Draw an episode of the policy as a GIF, ten timesteps a second."""
-    reset, step, choose = jax.jit(env.reset), jax.jit(env.step), jax.jit(act, static_argnums=3)
-    key = jax.random.PRNGKey(seed)
-    state, timestep = reset(key)
-    states = []
-    while not timestep.last():
-        key, policy_key = jax.random.split(key)
-        observation = jax.tree.map(lambda x: x[None], timestep.observation)
-        action = choose(actor, observation, policy_key[None], greedy)[0]
-        state, timestep = step(state, action)
-        states.append(state)
-    with matplotlib.rc_context({"animation.writer": "pillow", "figure.dpi": 40}):
-        env.unwrapped.animate(jax.device_get(states), interval=100, save_path=str(path))
-
-
-def save_results(
-    result: "ExperimentResult", task: Task, env: Environment, actor: TrainState
-) -> None:
-    """Write the metrics and draw the pictures of a finished run; what fails is a warning."""
-    config, vault = result.config, result.config.vault
-    path = run_path(config.results.rel_dir, vault)
-    with optional("writing metrics.json"):
-        write_metrics(config, task, result.evaluations, result.absolute_metric)
-    with optional("drawing learning_curve.png"):
-        plot_learning_curve(result.evaluations).savefig(path / "learning_curve.png")
-    if vault.save:
-        with optional("drawing dataset.png"):
-            plot_dataset(vault.name, vault.uid, vault.rel_dir).savefig(path / "dataset.png")
-    if config.results.animation:
-        with optional("drawing episode.gif"):
-            actor, greedy = jax.device_get(actor), config.arch.evaluation_greedy
-            animate_episode(env, actor, path / "episode.gif", config.system.seed, greedy)
-    print(f"results: {', '.join(sorted(x.name for x in path.glob('*.*')))} in {path}")
-
-
 # ---- RUN -----------------------------------------------------------------------------------------
+def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
+    """The configuration with nothing left open; a `ConfigError` before anything is created."""
+
+    def check(name: str, fits: bool, must: str) -> None:
+        group, field = name.split(".")
+        require(fits, f"{name} is {getattr(getattr(config, group), field)!r}: it must {must}")
+
+    for group, settings in vars(config).items():
+        for field in dataclasses.fields(settings):
+            name, value, kind = f"{group}.{field.name}", getattr(settings, field.name), field.type
+            kind = {float: float | int}.get(kind, tuple if get_origin(kind) is tuple else kind)
+            check(name, isinstance(value, kind), f"be {getattr(kind, '__name__', kind)}")
+            numbers = [x for x in (value if kind is tuple else [value]) if type(x) in (int, float)]
+            least = 0 if field.type is float or field.name in ("seed", "process_id") else 1
+            most = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1}.get(field.name, math.inf)
+            check(name, all(least <= x <= most for x in numbers), f"be from {least} to {most}")
+
+    system, arch, vault, resume = config.system, config.arch, config.vault, config.checkpoint.resume
+    transitions = system.rollout_length * arch.num_envs
+    must = f"divide system.rollout_length * arch.num_envs, {transitions}"
+    check("system.num_minibatches", transitions % system.num_minibatches == 0, must)
+    must = f"be a multiple of the number of devices, {num_devices}"
+    check("arch.num_eval_episodes", arch.num_eval_episodes % num_devices == 0, must)
+    updates, evaluations = system.num_updates, arch.num_evaluation
+    if system.total_timesteps is not None:
+        steps = num_devices * system.update_batch_size * transitions * evaluations
+        updates = math.ceil(system.total_timesteps / steps) * evaluations
+    say = f"set that to {math.gcd(updates, evaluations)}, say"
+    must = f"be a multiple of arch.num_evaluation, {evaluations}: {say}"
+    check("system.num_updates", updates % evaluations == 0, must)
+    known = set(vault.extra_leaves) <= set(EXTRA_LEAVES)
+    check("vault.extra_leaves", known, f"have some of {', '.join(EXTRA_LEAVES)}")
+    has_uid = vault.uid is not None or not (resume or arch.distributed)
+    check("vault.uid", has_uid, "be given with checkpoint.resume and arch.distributed")
+
+    task = find_task(config.env, env)
+    vault = dataclasses.replace(
+        vault,
+        name=vault.name or f"ff_ippo_{task.og_marl_name}",
+        uid=vault.uid or f"{datetime.datetime.now():%Y%m%d%H%M%S}-{secrets.token_hex(4)}",
+        extra_leaves=tuple(dict.fromkeys((*task.extra_leaves, *vault.extra_leaves))),
+    )
+    path, count = run_path(vault.name, vault.uid, vault.rel_dir), jax.process_count()
+    others = find_parts(path) - set(part_paths(path, count))
+    require(not others, f"{path} is of another number of processes than {count}")
+    is_taken = gather(np.array([own_path(vault).exists()])).any() and not resume
+    remedy = "choose another vault.uid, or go on by checkpoint.resume"
+    require(not is_taken, f"{own_path(vault)} exists already: {remedy}")
+    system = dataclasses.replace(system, num_updates=updates)
+    env_config = EnvConfig(task.scenario, config.env.time_limit or task.time_limit)
+    config = dataclasses.replace(config, system=system, env=env_config, vault=vault)
+
+    # All processes learn of it if one of them was given something else.
+    first = jax.eval_shape(make_env(env_config, False, env).reset, jax.random.PRNGKey(0))
+    arch = dataclasses.replace(arch, process_id=None, coordinator_address=None)
+    given = fixed_settings(config), system, arch, vault.uid, vault.save_interval, resume, first
+    digests = gather(np.uint32([zlib.crc32(repr(given).encode())]))
+    differ = "the processes were given different settings or environments: give all the same"
+    require(len(set(digests.tolist())) == 1, differ)
+    return config
 
 
-class TrainingError(RuntimeError):
-    """A loss or a parameter became infinite or not a number; the message is one line."""
+class Recorder:
+    """What a process keeps on disk: vault, checkpoints and metrics, in a folder of its own."""
+
+    def __init__(self, config: Config, task: Task, experience: dict[str, Any], mesh: Mesh):
+        """For leaves (D, NU, UB, T, NE, ...), of which it keeps those of its own devices."""
+        self.config, self.task, self.mesh, self.path = config, task, mesh, own_path(config.vault)
+        own = lambda x: jax.ShapeDtypeStruct((jax.local_device_count(), *x.shape[1:]), x.dtype)
+        experience = jax.tree.map(own, experience)
+        self.metadata = describe_recording(config, task, experience)
+        self.rows = jax.eval_shape(reshape_experience, experience)
+        num_rows, self.rollout_length = self.rows["done"].shape[:2]
+        most = 2**30 // sum(x.size * x.dtype.itemsize for x in self.rows.values())  # in 1 GB
+        self.save_interval = max(1, min(config.vault.save_interval, most))
+        self.num_new = self.num_written = 0  # evaluations
+        if config.vault.save:
+            buffer = make_buffer(num_rows, max(2, self.save_interval * self.rollout_length))
+            transition = jax.tree.map(lambda x: np.zeros(x.shape[2:], x.dtype), self.rows)
+            # On the host, it takes none of an accelerator's memory.
+            host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+            self.buffer_state = jax.jit(buffer.init, out_shardings=host)(transition)
+            add = lambda state, new: buffer.add(state, reshape_experience(new))
+            self.add = jax.jit(add, donate_argnums=0)  # in place: there is no second buffer
+
+    @contextlib.contextmanager
+    def open(self, progress: Progress) -> Iterator[Progress]:
+        """Begin in a new folder, or go on from the checkpoint in the one that is there."""
+        vault = self.config.vault
+        if not self.path.exists():
+            with whole_folder(self.path) as folder:
+                if vault.save:
+                    make_vault(folder, self.rows, self.rollout_length, self.metadata)
+                folder.mkdir(exist_ok=True)
+                save_checkpoint(folder, self.config, progress, self.mesh)
+        with (self.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(f"another process is recording into {self.path}") from error
+            # Of several processes that were killed, one may have a checkpoint more than another.
+            files = find_checkpoints(self.path)
+            self.num_written = int(gather(np.array([max(files)])).min())
+            self.progress = load_checkpoint(files[self.num_written], self.config, progress)
+            if vault.save:
+                # TensorStore's next write would go into such a file of a process that was killed,
+                # without truncating it, and make the vault unreadable.
+                for stale in self.path.rglob("*.__lock"):
+                    stale.unlink()
+                self.vault, _ = open_vault(vault.name, self.path.name, vault.rel_dir)
+            yield self.progress
+
+    def store(self, experience: dict[str, Array], progress: Progress) -> None:
+        """Add what led to `progress` to the buffer, and write what is new if that is due."""
+        if self.config.vault.save:
+            own_part = multihost_utils.global_array_to_host_local_array
+            experience = jax.device_get(own_part(experience, self.mesh, SHARDED))
+            index = np.int32(self.num_new * self.rollout_length)  # from the beginning, once written
+            self.buffer_state = self.add(self.buffer_state.replace(current_index=index), experience)
+        self.num_new, self.progress = self.num_new + 1, progress
+        if (len(progress.evaluations) - 1) % self.save_interval == 0:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is new, the vault first: no checkpoint knows of more than it holds."""
+        num_done, length = len(self.progress.evaluations), self.num_new * self.rollout_length
+        if self.num_new == 0:
+            return
+        if self.config.vault.save:
+            # Neither after what failed, nor after what a run that was killed had written too much.
+            self.vault.vault_index = num_done * self.rollout_length - length
+            self.vault.write(self.buffer_state, source_interval=(0, length))
+        save_checkpoint(self.path, self.config, self.progress, self.mesh)
+        write_metrics(self.config, self.task, self.progress.evaluations)
+        self.num_new, self.num_written = 0, num_done
 
 
 class ExperimentResult(NamedTuple):
     """What `run_experiment` returns."""
 
     config: Config  # of the run, with nothing left open
-    vault_path: Path | None  # folder of the vault, None where nothing was saved
-    num_timesteps: int  # environment steps that the vault holds
+    path: Path  # folder of the run: vault, checkpoint, metrics and pictures
+    num_timesteps: int  # environment steps recorded, by all processes
     evaluations: list[Evaluation]  # in the order of training
     params: Params  # of the evaluation with the highest mean return
     absolute_metric: float | None  # mean return of `params` over more episodes, if asked for
@@ -1780,293 +1460,139 @@ class ExperimentResult(NamedTuple):
         return np.array([evaluation.episode_return.mean() for evaluation in self.evaluations])
 
 
-def run_experiment(config: Config = Config(), env: Environment | None = None) -> ExperimentResult:
-    """Train, evaluate and record; `env` is an environment of one's own, instead of `config.env`.
+def save_results(result: ExperimentResult, task: Task) -> None:
+    """Write the metrics and draw the pictures of a finished run."""
+    vault, path = result.config.vault, result.path
+    write_metrics(result.config, task, result.evaluations, result.absolute_metric)
+    plot_learning_curve(result.evaluations).savefig(path / "learning_curve.png")
+    if vault.save:
+        try:
+            plot_dataset(vault.name, vault.uid, vault.rel_dir).savefig(path / "dataset.png")
+        except ConfigError as error:  # of several processes, each with a disk of its own
+            print(f"dataset.png is not drawn: {error}")
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+    print(f"recorded: {result.num_timesteps:,} steps, with all else {size:,.1f} MB, in {path}")
 
-    Of several processes each records the rows of its own devices, and process 0 does the rest.
-    Raises a `ConfigError` before anything is recorded, later a `RecordingError` (a vault or a
-    checkpoint that could not be written or read) or a `TrainingError`.
+
+def run_experiment(
+    config: Config = Config(), env: Environment | None = None, stop: threading.Event | None = None
+) -> ExperimentResult:
+    """Train, evaluate and record; `env` is your own environment, and `stop` ends the run early.
+
+    Raises a `ConfigError` before anything is recorded, and a FloatingPointError where it diverges.
     """
-    start_time = time.perf_counter()
-    is_first_process, is_alone = jax.process_index() == 0, jax.process_count() == 1
-    mesh = Mesh(np.array(jax.devices()), ("device",))
-    config = check_config(config, mesh.size, env)
-    system, arch, checkpoint, vault = config.system, config.arch, config.checkpoint, config.vault
-    saves_results = config.results.save and is_first_process
-    num_updates_per_eval = system.num_updates // arch.num_evaluation
-    task = find_task(config.env, env)
+    mesh, is_first = Mesh(np.array(jax.devices()), ("device",)), jax.process_index() == 0
+    config, stop = check_config(config, mesh.size, env), stop or threading.Event()
+    system, arch, vault, task = config.system, config.arch, config.vault, find_task(config.env, env)
     env = make_env(config.env, system.add_agent_id, env)
+    log = functools.partial(tqdm.write, file=sys.stdout if is_first else io.StringIO())
 
     # INITIALISE
-    key, eval_key, params_key = jax.random.split(jax.random.PRNGKey(system.seed), 3)
-    learn = make_learn(env, system, num_updates_per_eval, mesh, vault.extra_leaves)
-    evaluate_parts = make_evaluate(env, arch.num_eval_episodes, arch.evaluation_greedy, mesh)
-    init = functools.partial(init_learner, env=env, config=config, mesh=mesh)
-    experience = jax.eval_shape(learn, jax.eval_shape(init, key, params_key)).experience
-    *axes, num_agents, num_actions = experience["legal_action_mask"].shape
-    steps_per_evaluation = math.prod(axes)
-    own_shape = lambda x: jax.ShapeDtypeStruct((jax.local_device_count(), *x.shape[1:]), x.dtype)
-    experience = jax.tree.map(own_shape, experience)  # of this process
-    if vault.save:
-        buffer_capacity(vault, experience)  # refused before anything is made
-    state = init(key, params_key)
-    if checkpoint.load_params:
-        loaded = broadcast(load_params(checkpoint.load_params) if is_first_process else None)
-        same = jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, loaded)
-        require(same, f"checkpoint.load_params {checkpoint.load_params!r} has other networks")
-        actor, critic = place_as(loaded, state.params)
-        actor, critic = state.actor.replace(params=actor), state.critic.replace(params=critic)
-        state = state._replace(actor=actor, critic=critic)
-    progress = Progress(state, eval_key, state.params, -math.inf, [])
-    recorder = manager = absolute_metric = None
+    num_updates = system.num_updates // arch.num_evaluation  # NU
+    learn = make_learn(env, system, num_updates, mesh, vault.extra_leaves)
+    evaluate = make_evaluate(env, arch.num_eval_episodes, arch.evaluation_greedy, mesh)
+    progress = init_progress(config, env, mesh)
+    experience = jax.eval_shape(learn, progress.state).experience
+    num_steps = math.prod(experience["done"].shape[:5])  # environment steps in an evaluation
+    recorder = Recorder(config, task, experience, mesh)
 
-    with contextlib.ExitStack() as stack:
-
-        @stack.push
-        def tell_how_to_go_on(error_type, error, _):
-            if error_type is KeyboardInterrupt and checkpoint.save:
-                done = f"after {len(progress.evaluations)} of {arch.num_evaluation} evaluations"
-                flags = f"--checkpoint.resume --vault.uid {vault.uid}"
-                error.add_note(f"{done}: to go on, run the same with {flags}")
-
-        if not is_first_process:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-
-        # RESUME, or begin in folders of its own
-        path, own_vault = run_path(checkpoint.rel_dir, vault), part_of(vault)
-        if checkpoint.save and is_first_process:
-            stack.enter_context(claim(path, exist_ok=checkpoint.resume))
-            manager = stack.enter_context(open_checkpoints(path))
-        if checkpoint.resume:
-            progress = load_checkpoint(manager, config, progress)
-            if progress.state is state:
-                print(f"there is no checkpoint in {path}: the run starts from the beginning")
-                if vault.save and run_path(vault.rel_dir, own_vault).exists():
-                    recorded, _ = open_vault(vault.name, own_vault.uid, vault.rel_dir)
-                    holds_data = f"vault.uid {vault.uid!r} holds data: choose another"
-                    require(recorded.vault_index == 0, holds_data)
-        num_done = len(progress.evaluations)
-        if vault.save:
-            metadata = describe_recording(config, task, experience)
-            num_written = num_done if checkpoint.resume else None
-            recorder = Recorder(own_vault, experience, metadata, mesh.local_mesh, num_written)
-            stack.enter_context(recorder)
-        print(
-            f"ff_ippo on {task.scenario}: {num_agents} agents, {num_actions} actions, seed "
-            f"{system.seed}, {mesh.size} x {jax.devices()[0].device_kind}\n"
-            f"{arch.num_evaluation * steps_per_evaluation:,} environment steps in "
-            f"{steps_per_evaluation // system.rollout_length:,} rows, "
-            f"recorded in {recorder.path if recorder else 'no vault'}"
-            f"{'' if is_alone else f' and {jax.process_count() - 1} more'}"
-        )
-        if system.total_timesteps not in (None, arch.num_evaluation * steps_per_evaluation):
-            print(f"system.total_timesteps {system.total_timesteps:,} is rounded up to evaluations")
-
-        # In threads: a signal is answered at once, not when XLA returns, and what is recorded is
-        # written beside the training.
-        compute, disk = ThreadPoolExecutor(1), stack.enter_context(ThreadPoolExecutor(1))
-        stack.callback(compute.shutdown, wait=False)
-        recording = disk.submit(int)  # what was begun last
-
-        def call(function, *arguments):
-            return compute.submit(lambda: jax.block_until_ready(function(*arguments))).result()
-
-        def begin(function, *arguments):
-            nonlocal recording
-            recording.result()  # raises what failed before
-            recording = disk.submit(function, *arguments)
-
-        def save():
-            """Write the vault, then a checkpoint: it never knows of more than any part holds."""
-            if recorder and not is_alone:
-                begin(recorder.write)
-                recording.result()
-            saved = progress
-            if checkpoint.save:
-                state, params = gather((progress.state, progress.best_params))
-                saved = progress._replace(state=state, best_params=params)
-            begin(write, saved)
-
-        def write(saved):
-            if recorder:
-                recorder.write()
-            if manager:
-                save_checkpoint(manager, config, saved)
-
-        def evaluate_actor(actor, key):
-            key, *keys = jax.random.split(key, mesh.size + 1)
-            return key, gather(evaluate_parts(actor, np.stack(keys)))
-
-        hidden = not sys.stdout.isatty() and "ipykernel" not in sys.modules
-        bar = tqdm(total=arch.num_evaluation, initial=num_done, file=sys.stdout, disable=hidden)
-        stack.enter_context(bar)
-        last_time = time.perf_counter()
+    # BEGIN in a new folder, or RESUME
+    with recorder.open(progress) as progress, ThreadPoolExecutor(1) as disk:
+        run = f"{config.env.scenario}, seed {system.seed}, {mesh.size} {jax.default_backend()}"
+        log(f"{run}: {arch.num_evaluation * num_steps:,} steps, in {recorder.path}")
+        num_done, stopped, stored = len(progress.evaluations), False, disk.submit(int)
+        is_hidden = not is_first or not (sys.stdout.isatty() or "ipykernel" in sys.modules)
+        bar = tqdm(total=arch.num_evaluation, initial=num_done, file=sys.stdout, disable=is_hidden)
         try:
-            if num_done == 0:
-                save()
             for index in range(num_done, arch.num_evaluation):
                 # TRAIN
-                train_time = time.perf_counter()
-                state, experience, metrics, losses, finite = call(learn, progress.state)
-                train_time = time.perf_counter() - train_time
-                finite, losses = jax.device_get((finite, losses))
-                if not finite.all():
-                    num_updates = index * num_updates_per_eval + int(finite.argmin()) + 1
-                    step = num_updates * steps_per_evaluation // num_updates_per_eval
-                    problem = f"a loss or a parameter is infinite or not a number at step {step:,}"
-                    remedy = "what came before is recorded; lower system.actor_lr and critic_lr"
-                    raise TrainingError(f"{problem}: {remedy}")
-
-                # RECORD
-                if recorder:
-                    own_part = multihost_utils.global_array_to_host_local_array
-                    begin(recorder.add, own_part(experience, mesh, SHARDED))
-                del experience  # so that it is not held while the next is made
+                start = time.perf_counter()
+                output = jax.block_until_ready(learn(progress.state))
+                speed = num_steps / (time.perf_counter() - start)
+                if not (finite := jax.device_get(output.finite)).all():
+                    step = (index + (finite.argmin() + 1) / num_updates) * num_steps
+                    remedy = "lower system.actor_lr and system.critic_lr"
+                    raise FloatingPointError(f"a loss is not finite at step {step:,.0f}: {remedy}")
 
                 # EVALUATE the parameters that the update has just produced
-                eval_key, evaluated = call(evaluate_actor, state.actor, progress.eval_key)
-                mean_return = float(evaluated.episode_return.mean())
-                best = progress.best_params, progress.best_return
-                if mean_return >= progress.best_return:
-                    best = state.params, mean_return
-
-                # LOG
-                metrics = call(gather, metrics)
+                eval_key, evaluated = evaluate(output.state.actor, progress.eval_key)
+                metrics, stops = gather((output.metrics, np.array([stop.is_set()])))
                 train_returns = metrics.episode_return[metrics.done].tolist()
-                past, now = progress.evaluations, time.perf_counter()
+                past = progress.evaluations[-1].elapsed_time if index else 0.0
                 evaluation = Evaluation(
-                    step_count=(index + 1) * steps_per_evaluation,
-                    elapsed_time=past[-1].elapsed_time + now - last_time if past else 0.0,
-                    steps_per_second=steps_per_evaluation / train_time,
+                    step_count=(index + 1) * num_steps,
+                    elapsed_time=past + time.perf_counter() - start,
+                    steps_per_second=speed,
                     episode_return=evaluated.episode_return,
                     episode_length=evaluated.episode_length,
                     train_episode_return=float(np.mean(train_returns or math.nan)),
-                    losses={name: float(loss.mean()) for name, loss in losses.items()},
+                    losses={name: float(loss.mean()) for name, loss in output.losses.items()},
                 )
-                last_time = now
-                progress = Progress(state, eval_key, *best, [*past, evaluation])
-                parts = [
-                    f"step {evaluation.step_count:,}: {evaluation.steps_per_second:,.0f} steps/s"
-                    f"{' (with compiling)' if index == num_done else ''}",
-                    f"episode return {mean_return:.2f}",
-                    f"length {evaluation.episode_length.mean():.0f}",
-                    *(f"{name} {loss:.4f}" for name, loss in evaluation.losses.items()),
-                    *([f"vault written to {recorder.num_timesteps:,}"] if recorder else []),
-                ]
-                tqdm.write(", ".join(parts), file=sys.stdout)
+                progress = progress.add(output.state, eval_key, evaluation)
+
+                # RECORD it, beside the next one's training
+                stored.result()  # raises what failed
+                stored = disk.submit(recorder.store, output.experience, progress)
+                del output  # so that its experience is not held while the next is made
+
+                # LOG
+                log(f"{evaluation}, saved to {recorder.num_written * num_steps:,}")
                 bar.update()
-                # The file is written whole: rarer as it grows, so that this stays linear in time.
-                if saves_results and index % (1 + index // 200) == 0:
-                    with optional("writing metrics.json"):
-                        write_metrics(config, task, progress.evaluations)
-                if index % vault.save_interval == 0:
-                    save()
-        finally:
-            # Processes that are stopped at different evaluations go on from the last checkpoint.
-            if is_alone or len(progress.evaluations) == arch.num_evaluation:
-                save()
-            recording.result()
+                if stopped := bool(stops.any()):
+                    break
+        finally:  # whatever ended the run, what was logged is written
+            bar.close()
+            for future in (stored, disk.submit(recorder.write)):
+                future.result()
+            if stopped or isinstance(sys.exception(), KeyboardInterrupt):  # of a notebook
+                done = f"{len(progress.evaluations)} of {arch.num_evaluation} evaluations"
+                flags = f"--checkpoint.resume --vault.uid {vault.uid}"
+                log(f"stopped after {done}: to go on, run the same with {flags}")
 
-        # ABSOLUTE METRIC of the best parameters
+    # ABSOLUTE METRIC of the best parameters, PICTURES
+    absolute_metric = None
+    if arch.absolute_metric and not stopped:
         actor = progress.state.actor.replace(params=progress.best_params.actor)
-        if arch.absolute_metric:
-            eval_key, returns = progress.eval_key, np.zeros(0, np.float32)
-            while len(returns) < arch.num_absolute_metric_eval_episodes:
-                eval_key, evaluated = call(evaluate_actor, actor, eval_key)
-                returns = np.append(returns, evaluated.episode_return)
-            absolute_metric = float(returns[: arch.num_absolute_metric_eval_episodes].mean())
-
+        _, evaluated = evaluate(actor, progress.eval_key, arch.num_absolute_metric_eval_episodes)
+        absolute_metric = float(evaluated.episode_return.mean())
+        log(f"absolute metric: {absolute_metric:.2f} (mean episode return)")
     multihost_utils.sync_global_devices("recorded")
-    num_timesteps, path = (recorder.num_timesteps, recorder.path) if recorder else (0, None)
-    evaluations, params = progress.evaluations, jax.device_get(progress.best_params)
-    result = ExperimentResult(config, path, num_timesteps, evaluations, params, absolute_metric)
-    if recorder and not system.learn:
-        mean_return = float(result.evaluation_returns.mean())
-        with optional("writing metadata.json"):
-            update_metadata(path, {"policy": {**metadata["policy"], "episode_return": mean_return}})
-    if not is_first_process:
-        return result
-    seconds = round(time.perf_counter() - start_time)
-    print(f"done in {datetime.timedelta(seconds=seconds)} (h:mm:ss)")
-    if arch.absolute_metric:
-        print(f"absolute metric: {absolute_metric:.2f} (mean episode return)")
-    if recorder:
-        paths = part_paths(run_path(vault.rel_dir, vault))
-        files = (file for path in paths for file in path.rglob("*"))
-        size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
-        print(f"vault: {num_timesteps:,} steps, {size:,.1f} MB in {', '.join(map(str, paths))}")
-        opened = f"Vault({vault.name!r}, vault_uid={own_vault.uid!r}, rel_dir={vault.rel_dir!r})"
-        print(f"read it with: from flashbax.vault import Vault; {opened}.read()")
-
-    # EXPORT, and RESULTS
-    if recorder and vault.og_marl:
-        with optional("the export"):
-            export = export_og_marl(vault.name, vault.uid, vault.rel_dir)
-            print(f"in OG-MARL's layout: {export}")
-    if saves_results:
-        save_results(result, task, env, actor)
+    num_timesteps = vault.save * len(progress.evaluations) * num_steps
+    recorded, params = (recorder.path, num_timesteps), jax.device_get(progress.best_params)
+    result = ExperimentResult(config, *recorded, progress.evaluations, params, absolute_metric)
+    if is_first and not stopped:
+        save_results(result, task)
     return result
 
 
 # ---- COMMAND LINE --------------------------------------------------------------------------------
-
-
-def end_at_once(status: int, message: str) -> None:
-    """End without waiting for what XLA computes, nor for other processes."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        print(message, file=sys.stderr, flush=True)
-        if stderr_filter is not None:
-            os.close(2)  # nobody can write to the filter any more, so it ends
-            stderr_filter.wait(timeout=5)
-    os._exit(status)
-
-
-def main() -> None:
+def main(env: Environment | None = None) -> None:
     """The command line: every field of `Config` is a flag, such as --system.num-updates 10."""
-    config = tyro.cli(Config)
-    in_notebook = "ipykernel" in sys.modules
-    if not in_notebook:
+    config, stop, caught = tyro.cli(Config), threading.Event(), []
+
+    def catch(number, _):
+        caught.append(number)
+        stop.set()
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)  # a second signal ends the process at once
+
+    handlers = {each: signal.signal(each, catch) for each in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.suppress(AttributeError):  # of a notebook
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows how far it is
-        # What Orbax and TensorStore say of an error that is reported in one line below.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda _: None
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number, _):
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)  # a second signal stops at once
-        raise KeyboardInterrupt(number)
-
-    handlers = {each: signal.signal(each, stop) for each in signals}
     try:
-        run_experiment(config)
-        return
-    except (ConfigError, RecordingError, TrainingError, FileNotFoundError) as error:
-        problem = str(error)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            problem = "out of memory: lower arch.num_envs, or vault.max_length if it is set"
-        elif jax.process_count() > 1:
-            reason = str(error).splitlines()[0]
-            problem = f"another process has ended ({reason}): use checkpoint.resume on all"
-        else:
+        result = run_experiment(config, env, stop)
+        if len(result.evaluations) == config.arch.num_evaluation and not caught:
+            return
+        sys.exit(128 + (*caught, signal.SIGTERM)[0])  # of several processes, another caught it
+    except (ValueError, FloatingPointError, OSError) as error:
+        problem, is_full = str(error).partition("\n")[0], "No space left" in str(error)
+        if type(error) is ValueError and not is_full:
             raise
-    except KeyboardInterrupt as interrupt:
-        if in_notebook:
-            raise
-        number = interrupt.args[0]
-        notes = getattr(interrupt, "__notes__", [])
-        end_at_once(128 + number, " ".join([f"stopped by {signal.Signals(number).name}", *notes]))
     finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
-    if jax.process_count() == 1:
-        sys.exit(f"error: {problem}")
-    end_at_once(1, f"error: {problem}")
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    sys.exit(f"error: {problem}{': make room, then use checkpoint.resume' if is_full else ''}")
 
 
-if __name__ == "__main__":
-    if IS_SCRIPT:
-        main()
-    else:  # pasted into a notebook, whose command line is not this file's
-        print("ready: result = run_experiment(Config()) trains and records")
+if __name__ == "__main__" and "__file__" in globals():  # not pasted into a notebook
+    main()
