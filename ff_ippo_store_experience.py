@@ -967,10 +967,7 @@ def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """What must be the same where a run goes on, from a setting's name to its value.
-
-    It is what determines the data, or which parameters are the best.
-    """
+    """What must be the same where a run goes on: it determines the data, or the best parameters."""
     groups = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples
     names = {group: list(groups[group]) for group in ("system", "env", "network")}
     names["system"] = [x for x in names["system"] if x not in ("total_timesteps", "num_updates")]
@@ -987,7 +984,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, config: Config, progress: Progress, mesh: Mesh) -> None:
-    """Save this process's part of `progress` in the folder `path`; the one before is kept."""
+    """Save this process's part of `progress` in the folder `path`; the two before are kept."""
     own_part = multihost_utils.global_array_to_host_local_array
     state = own_part(progress.state, mesh, STATE_SPECS)
     content = {
@@ -999,7 +996,8 @@ def save_checkpoint(path: Path, config: Config, progress: Progress, mesh: Mesh) 
         "evaluations": [evaluation._asdict() for evaluation in progress.evaluations],
     }
     write_file(path / f"checkpoint.{len(progress.evaluations)}", msgpack_serialize(content))
-    for _, old in sorted(find_checkpoints(path).items())[:-2]:
+    # Of several processes, one that is not killed may save two more than one that is.
+    for _, old in sorted(find_checkpoints(path).items())[:-3]:
         old.unlink()
 
 
@@ -1112,7 +1110,7 @@ def iterate_episodes(
     num_rows, num_evaluations = stores["done"].shape[0], length // rollout_length
     first, last = (int(num_evaluations * percentile / 100) for percentile in percentiles)
     problem = f"percentiles {percentiles} of {num_evaluations} evaluations hold none"
-    require(0 <= first < last <= num_evaluations, problem)
+    require(0 <= percentiles[0] <= percentiles[1] <= 100 and first < last, problem)
     leaves = tuple(stores) if leaves is None else leaves
     num_envs, evaluation_length = num_rows // sizes[1], sizes[1] * rollout_length
     window = max(1, num_steps // (num_rows * rollout_length))
@@ -1339,6 +1337,8 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     check("system.num_updates", updates % evaluations == 0, must)
     known = set(vault.extra_leaves) <= set(EXTRA_LEAVES)
     check("vault.extra_leaves", known, f"have some of {', '.join(EXTRA_LEAVES)}")
+    is_set_up = jax.distributed.is_initialized() or not arch.distributed
+    check("arch.distributed", is_set_up, "come after jax.distributed.initialize")
     has_uid = vault.uid is not None or not (resume or arch.distributed)
     check("vault.uid", has_uid, "be given with checkpoint.resume and arch.distributed")
 
@@ -1410,6 +1410,8 @@ class Recorder:
             # Of several processes that were killed, one may have a checkpoint more than another.
             files = find_checkpoints(self.path)
             self.num_written = int(gather(np.array([max(files)])).min())
+            for newer in set(files) - set(range(self.num_written + 1)):
+                files[newer].unlink()
             self.progress = load_checkpoint(files[self.num_written], self.config, progress)
             if vault.save:
                 # TensorStore's next write would go into such a file of a process that was killed,

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of ff_ippo_store_experience.py: `pytest test_script.py`."""
 
-# ruff: noqa: PT018
-
 import asyncio
 import collections
 import contextlib
@@ -64,9 +62,7 @@ SMALL = """
     --arch.num-eval-episodes 4 --arch.num-absolute-metric-eval-episodes 8 --env.scenario walk
     --env.time-limit 10 --network.actor-layer-sizes 8 --network.critic-layer-sizes 8 --vault.uid a
 """
-RESUME = " --checkpoint.resume "
-RUN = "vaults/ff_ippo_walk/a"
-
+RESUME, RUN = " --checkpoint.resume ", "vaults/ff_ippo_walk/a"
 
 WalkState = collections.namedtuple("WalkState", "position step_count key")  # (N,), (), (2,)
 View = collections.namedtuple("View", "agents_view")  # (N, 3)
@@ -191,8 +187,7 @@ def evaluations(num_evaluations):
     return count + "--vault.save-interval 2 --system.seed 2 "
 
 
-FIVE, ENDLESS = evaluations(5), evaluations(10**5)
-EVALUATION_STEPS = 256  # 2 updates, 8 environments, 16 timesteps
+FIVE, ENDLESS, EVALUATION_STEPS = evaluations(5), evaluations(10**5), 2 * 8 * 16
 
 
 @pytest.fixture(scope="session")
@@ -232,7 +227,7 @@ def replay(result, env):
                 reward = reward.sum()
             if isinstance(env, RobotWarehouse) and step_count == config.env.time_limit - 1:
                 discount = np.float32(1)  # Jumanji says 0
-            truncation = done and bool(np.min(discount) > 0)
+            truncation = done and bool(np.max(discount) > 0)
             more = (see(timestep)[0], discount, np.int32(step_count), truncation)
             steps.append((done, action, reward, view, mask, *more))
             step_count += 1
@@ -430,7 +425,6 @@ def test_an_environment_that_lacks_something_is_refused_in_a_line_that_names_it(
         (lacking(), "SimpleNamespace has no time_limit"),
         (lacking(time_limit=10, state=np.zeros(2)), "state of SimpleNamespace has no key"),
         (lacking(time_limit=10, observation=np.zeros((2, 3))), "no agents_view of shape"),
-        (lacking(time_limit=10, observation=View(np.zeros(3))), "no agents_view of shape"),
         (lacking(time_limit=10), "has no action_mask .* nor an action_spec"),
         (bad, r"reward and discount of Walk must be of shape \(\) or \(N,\): they are .*3,"),
         (walk, "time_limit is 9, but that of Walk 10"),
@@ -659,7 +653,7 @@ def test_parts_and_leaves_that_were_asked_for_are_loaded_and_exported(recording)
     whole, leaves = ippo.load_episodes(*where(path)), ("observation", "action")
     some = ippo.load_episodes(*where(path), leaves=leaves).transitions
     assert_equal(some, {name: whole.transitions[name] for name in leaves})
-    for percentiles in [(0, 49), (60, 40), (50, 160), (-60, 50)]:
+    for percentiles in [(0, 49), (60, 40), (50, 101), (-30, 50)]:
         with pytest.raises(ippo.ConfigError, match="percentiles"):
             ippo.load_episodes(*where(path), percentiles)
 
@@ -713,7 +707,7 @@ def test_a_recording_without_a_complete_episode_is_exported_and_drawn_all_the_sa
         ("vault.extra_leaves", ("q_value",), "'q_value'.*log_prob, value"),
         ("vault.uid", 7, "vault.uid is 7: it must be str"),
         ("vault.uid", "../x", r"ff_ippo_walk/../x' must be made of plain names"),
-        ("vault.rel_dir", "run#1", r"'.*/run#1/ff_ippo_walk/.*' must be made of plain"),
+        ("arch.distributed", True, "come after jax.distributed.initialize"),
         ("checkpoint.resume", True, r"vault.uid is None: .* checkpoint.resume"),
         ("checkpoint.load_params", "no", "there is no checkpoint in .*/no"),
     ],
@@ -927,7 +921,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, way, capsys)
     check_equal(result.path, expected.path)
     assert_equal(result.params, expected.params)
     assert_equal(result.evaluation_returns, expected.evaluation_returns)
-    assert len(list(result.path.glob("checkpoint.*"))) in (2, 3)
+    assert len(list(result.path.glob("checkpoint.*"))) == 3
     assert not list(result.path.parent.glob(".*")) + list(result.path.rglob(".*"))
 
 
@@ -1151,7 +1145,6 @@ def test_readme_trains_on_your_own_environment(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_names_no_option_that_is_not_there():
-    options = set(re.findall(r"--(\w+\.[\w-]+)", (FOLDER / "README.md").read_text()))
-    groups = dataclasses.asdict(ippo.Config()).items()
-    known = {f"{group}.{name.replace('_', '-')}" for group, names in groups for name in names}
-    assert {x.replace(".no-", ".") for x in options} <= known and len(options) > 5
+    options = re.findall(r"--(\w+)\.(?:no-)?([\w-]+)", (FOLDER / "README.md").read_text())
+    groups = dataclasses.asdict(ippo.Config())
+    assert len(options) > 5 and all(y.replace("-", "_") in groups[x] for x, y in options)
