@@ -882,7 +882,7 @@ def own_path(config: VaultConfig) -> Path:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file that is whole at any time: a new one takes the place of the old one at once."""
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.stem}")
     temporary.write_bytes(content)
     temporary.replace(path)
 
