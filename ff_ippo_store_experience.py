@@ -245,29 +245,16 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(config: EnvConfig, env: Environment | None = None) -> Task:
-    """The task, by name or of an environment of your own; a `ConfigError` says what it lacks."""
+    """The task, by name or of your own environment; a `ConfigError` where there is no such task."""
     if env is None:
         name, names = config.scenario, ", ".join(TASKS)
         require(name in TASKS, f"env.scenario {name!r} is unknown: choose one of {names}")
         return TASKS[name]._replace(scenario=name)
     name = type(env).__name__
-    require(not isinstance(env, type), f"{env} is a class: give an instance of it")
-    require(hasattr(env, "time_limit"), f"{name} has no time_limit")
-    state, timestep = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    require(hasattr(state, "key"), f"the state of {name} has no key to begin the next episode with")
-    view = getattr(timestep.observation, "agents_view", np.zeros(0))
-    require(view.ndim == 2, f"the observation of {name} has no agents_view of shape (N, O)")
-    mask = getattr(timestep.observation, "action_mask", None)
-    has_actions = hasattr(env, "action_spec") if mask is None else mask.ndim == 2
-    require(has_actions, f"{name} has no action_mask (N, A) in its observation, nor an action_spec")
-    _, timestep = jax.eval_shape(env.step, state, jnp.zeros(len(view), jnp.int32))
-    shapes = {timestep.reward.shape, timestep.discount.shape}
-    problem = f"reward and discount of {name} must be of shape () or (N,): they are {shapes}"
-    require(shapes <= {(), (len(view),)}, problem)
     limit = f"env.time_limit is {config.time_limit}, but that of {name} {env.time_limit}"
     require(config.time_limit in (None, env.time_limit), limit)
     scenario = name if config.scenario in TASKS else config.scenario
-    return Task(lambda _: env, env.time_limit, name, name.lower(), scenario=scenario)
+    return Task(lambda _: env, int(env.time_limit), name, name.lower(), scenario=scenario)
 
 
 def make_env(
@@ -283,6 +270,7 @@ class Observation(NamedTuple):
 
     agents_view: Array  # (..., N, O) float32
     action_mask: Array  # (..., N, A) bool, the action is legal
+    global_state: Array | None = None  # (..., S) float32, of environments that have one
 
 
 class AgentWrapper(Wrapper):
@@ -298,7 +286,8 @@ class AgentWrapper(Wrapper):
         return self._per_agent(*self._env.step(state, action))
 
     def _per_agent(self, state: State, timestep: TimeStep) -> tuple[State, TimeStep]:
-        view = timestep.observation.agents_view.astype(jnp.float32)
+        to_float = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+        view = to_float(timestep.observation.agents_view)
         if self.add_agent_id:
             view = jnp.concatenate([jnp.eye(len(view), dtype=view.dtype), view], axis=1)
         mask = getattr(timestep.observation, "action_mask", None)
@@ -307,10 +296,10 @@ class AgentWrapper(Wrapper):
                 num_actions = np.asarray(self._env.action_spec.num_values)  # (N,)
             mask = jnp.arange(num_actions.max()) < num_actions.reshape(-1, 1)
             mask = jnp.broadcast_to(mask, (len(view), mask.shape[1]))
-        seen = {"observation": Observation(view, mask.astype(bool)), "extras": {}}
+        global_state = to_float(getattr(timestep.observation, "global_state", None))
+        seen = {"observation": Observation(view, mask.astype(bool), global_state), "extras": {}}
         for name in ("reward", "discount"):  # what the team has in common is that of each agent
-            value = jnp.broadcast_to(getattr(timestep, name), len(view))
-            seen[name] = value.astype(jnp.float32)
+            seen[name] = to_float(jnp.broadcast_to(getattr(timestep, name), len(view)))
         return state, timestep.replace(**seen)
 
 
@@ -515,8 +504,7 @@ def rollout(
         env_state, timestep = jax.vmap(functools.partial(step_environment, env))(env_state, action)
         done = jnp.broadcast_to(timestep.last()[:, None], action.shape)
         outcome = timestep.reward, timestep.discount, observation, timestep.observation
-        transition = Transition(done, action, *outcome, env_state.metrics)
-        return (keys, env_state), transition
+        return (keys, env_state), Transition(done, action, *outcome, env_state.metrics)
 
     return jax.lax.scan(step, (keys, env_state), None, rollout_length)
 
@@ -623,7 +611,7 @@ def init_learner(
         policy_keys = jax.random.split(keys[0], num_batches + 1)[1:]
         env_state = reset_environments(env, jax.vmap(jax.random.split)(keys[1:])[:, 1])
         # With a dtype of their own also where an environment puts Python's numbers into its state.
-        env_state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), env_state)
+        env_state = jax.tree.map(lambda x: x.astype(x.dtype), env_state)
         actor, critic = init_networks(config, env_state.observation, params_key)
         return LearnerState(actor, critic, policy_keys, env_state)
 
@@ -797,7 +785,7 @@ def make_evaluate(
     def evaluate_all(actor, key, num_episodes=num_parallel):
         metrics = []
         for _ in range(0, num_episodes, num_parallel):
-            key, *keys = np.asarray(jax.random.split(key, mesh.size + 1))
+            key, *keys = np.asarray(jax.random.key_data(jax.random.split(key, mesh.size + 1)))
             metrics.append(gather(evaluate_parts(actor, np.stack(keys))))
             problem = f"an episode of {type(env._env).__name__} has not ended at its time_limit"
             require(metrics[-1].done.all(), f"{problem}, {env.time_limit}")
@@ -807,8 +795,8 @@ def make_evaluate(
 
 
 # ---- RECORDING -----------------------------------------------------------------------------------
-# The leaves of the vault, and those that may be asked for.
-LEAVES = ("done", "action", "reward", "observation", "legal_action_mask")
+# The leaves of the vault, of which the last is not always there, and those that may be asked for.
+LEAVES = ("done", "action", "reward", "observation", "legal_action_mask", "global_state")
 EXTRA_LEAVES = ("next_observation", "log_prob", "value", "discount", "step_count", "truncation")
 
 
@@ -821,9 +809,10 @@ def select_leaves(transition: Transition, extra_leaves: tuple[str, ...]) -> dict
         "legal_action_mask": transition.observation.action_mask,
         "next_observation": transition.next_observation.agents_view,
         "step_count": jnp.broadcast_to(step_count, transition.action.shape),
+        "global_state": transition.observation.global_state,
         "truncation": transition.done & (transition.discount != 0).any(axis=-1, keepdims=True),
     }
-    return {name: leaves[name] for name in (*LEAVES, *extra_leaves)}
+    return {name: leaves[name] for name in (*LEAVES, *extra_leaves) if leaves[name] is not None}
 
 
 def reshape_experience(experience: dict[str, Array]) -> dict[str, Array]:
@@ -838,19 +827,6 @@ def make_buffer(num_rows: int, num_timesteps: int) -> TrajectoryBuffer:
     lengths = {"max_length": num_rows * num_timesteps, "min_length": num_rows}
     options = {"sample_batch_size": 1, "add_sequences": True, "add_batch_size": num_rows}
     return fbx.make_flat_buffer(**lengths, **options)
-
-
-def describe_recording(config: Config, task: Task, experience: dict[str, Any]) -> dict[str, Any]:
-    """What `metadata.json` keeps beside the vault of leaves (D, NU, UB, T, NE, ...)."""
-    num_devices, num_updates, *_, num_agents, num_actions = experience["legal_action_mask"].shape
-    packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
-    return {
-        **dataclasses.asdict(config),
-        "task": {"og_marl_name": task.og_marl_name, "actions": task.actions},
-        **{"num_agents": num_agents, "num_actions": num_actions},
-        **{"num_devices": num_devices, "num_updates_per_eval": num_updates},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
 
 
 def run_path(name: str, uid: str, rel_dir: str = "vaults") -> Path:
@@ -945,10 +921,16 @@ class Progress(NamedTuple):
         return Progress(state, key, *best, [*self.evaluations, evaluation])
 
 
+def raw(x: Array) -> Array:
+    """An array as it is, and the data of typed keys, which `jax.random.key` makes."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
 def place(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
     """NumPy arrays of this process, on the devices as those of the tree `like` lie there."""
-    put = lambda new, old: jax.make_array_from_process_local_data(old.sharding, new)
-    return jax.tree.map(put, tree, like)
+    put = lambda new, old: jax.make_array_from_process_local_data(raw(old).sharding, new)
+    key = lambda new, old: jax.random.wrap_key_data(put(new, old), impl=jax.random.key_impl(old))
+    return jax.tree.map(lambda new, old: (put if raw(old) is old else key)(new, old), tree, like)
 
 
 def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
@@ -963,7 +945,7 @@ def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
         actor, critic = place(multihost_utils.broadcast_one_to_all(params), state.params)
         actor, critic = state.actor.replace(params=actor), state.critic.replace(params=critic)
         state = state._replace(actor=actor, critic=critic)
-    return Progress(state, np.asarray(eval_key), state.params, -math.inf, [])
+    return Progress(state, np.asarray(raw(eval_key)), state.params, -math.inf, [])
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
@@ -986,7 +968,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
 def save_checkpoint(path: Path, config: Config, progress: Progress, mesh: Mesh) -> None:
     """Save this process's part of `progress` in the folder `path`; the two before are kept."""
     own_part = multihost_utils.global_array_to_host_local_array
-    state = own_part(progress.state, mesh, STATE_SPECS)
+    state = own_part(jax.tree.map(raw, progress.state), mesh, STATE_SPECS)
     content = {
         "settings": fixed_settings(config),
         "state": [np.asarray(x) for x in jax.tree.leaves(state)],
@@ -1114,7 +1096,6 @@ def iterate_episodes(
     leaves = tuple(stores) if leaves is None else leaves
     num_envs, evaluation_length = num_rows // sizes[1], sizes[1] * rollout_length
     window = max(1, num_steps // (num_rows * rollout_length))
-
     # When the open episode of each environment began, on the environment's own clock.  Where the
     # recording begins, episodes begin; elsewhere the first that is known to begin follows a `done`.
     begin = np.full(num_envs, 0.0 if first == 0 else math.inf)
@@ -1160,14 +1141,15 @@ OG_MARL_PARTS = {"Replay": (0, 100), "Poor": (0, 33), "Medium": (33, 67), "Good"
 def to_og_marl(episodes: Episodes, metadata: dict[str, Any]) -> dict[str, ArrayTree]:
     """The transitions of complete episodes, with all their leaves, as OG-MARL has them.
 
-    Returns leaves (1, S, N, ...) and, in `infos`, the legal actions (1, S, N, A) bool and the state
-    (1, S, N * O), the agents' observations side by side.  Observations come without the one-hot of
-    the agent's index: OG-MARL's systems put their own in front.
+    Returns leaves (1, S, N, ...); in `infos`, the legal actions (1, S, N, A) bool, and the global
+    state, or else the agents' observations side by side, (1, S, N * O).  Observations come without
+    the one-hot of the agent's index: OG-MARL's systems put their own in front.
     """
     transitions = episodes.transitions
     num_ids = metadata["num_agents"] if metadata["system"]["add_agent_id"] else 0
     observation = transitions["observation"][..., num_ids:]
-    state = observation.reshape(len(observation), math.prod(observation.shape[1:]))
+    side_by_side = observation.reshape(len(observation), math.prod(observation.shape[1:]))
+    state = transitions.get("global_state", side_by_side)
     truncated = transitions.get("truncation")
     if truncated is None:
         # RobotWarehouse's vault, as the original's, has no leaf that tells: an episode as long as
@@ -1259,8 +1241,7 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
     axes.legend(loc="upper left")
     for name, axes in panels.items():
         axes.plot(steps, [e.losses[name] for e in evaluations], "#555555", linewidth=1, **style)
-        axes.set_title(name.replace("_", " ").capitalize(), fontsize="medium")
-        axes.set_xlabel("Environment steps")
+        axes.set(title=name.replace("_", " ").capitalize(), xlabel="Environment steps")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
@@ -1280,7 +1261,6 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     low, high = float(returns.min(initial=0)), float(returns.max(initial=0))
     if (returns == returns.round()).all():  # a whole number in the middle of each bar
         low, high = low - 0.5, low - 0.5 + 12 * math.ceil((high - low + 1) / 12)
-
     figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[4, 4, 5])
     colors = ("#A6CEE3", "#4292C6", "#08306B")  # their lightness tells them apart
@@ -1305,6 +1285,68 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
 
 
 # ---- RUN -----------------------------------------------------------------------------------------
+def check_environment(env: Environment) -> None:
+    """Raise a `ConfigError` that says what your own environment lacks of what the README describes.
+
+    Its functions are traced, and then 16 environments act at random for `time_limit` timesteps.
+    """
+    name, limit = type(env).__name__, getattr(env, "time_limit", None)
+    require(not isinstance(env, type), f"{env} is a class: give an instance of it")
+    is_count = isinstance(limit, int | np.integer) and limit > 0
+    require(is_count, f"time_limit of {name} is {limit!r}: it must be an int, of timesteps")
+
+    def trace(function: str, *arguments: Any) -> tuple[State, TimeStep]:
+        pair = jax.eval_shape(getattr(env, function), *arguments)
+        fits = isinstance(pair, tuple) and [isinstance(x, TimeStep) for x in pair] == [False, True]
+        require(fits, f"{function} of {name} must return (state, TimeStep), as Jumanji's does")
+        return pair
+
+    state, first = trace("reset", jax.random.PRNGKey(0))
+    require(hasattr(state, "key"), f"the state of {name} has no key to begin the next episode with")
+    parts = (getattr(first.observation, part, None) for part in Observation._fields)
+    view, mask, global_state = map(np.shape, parts)  # that of None is ()
+    require(len(view) == 2, f"the observation of {name} has no agents_view of shape (N, O)")
+    num_values = np.shape(getattr(getattr(env, "action_spec", None), "num_values", [[]]))
+    fits = mask[:-1] == view[:1] if mask else num_values in ((), view[:1])
+    lacks = "no action_mask (N, A) in its observation, nor an action_spec of discrete actions"
+    require(fits, f"{name} has {lacks}, with num_values () or (N,)")
+    require(len(global_state) < 2, f"the global_state of {name} is not of shape (S,)")
+    next_state, second = trace("step", state, jnp.zeros(view[0], jnp.int32))
+    shapes = {part: getattr(second, part).shape for part in ("step_type", "reward", "discount")}
+    fits = shapes["step_type"] == () and set(shapes.values()) <= {(), view[:1]}
+    require(fits, f"step of {name} returns {shapes}: fit is (), or (N,) but for step_type")
+    form = lambda x: f"{x.dtype}{x.shape}"
+    before = jax.tree.map(form, {"state": state, "observation": first.observation})
+    after = jax.tree.map(form, {"state": next_state, "observation": second.observation})
+    before, after = (dict(jax.tree.leaves_with_path(tree)) for tree in (before, after))
+    for path in before | after:
+        x, y, part = before.get(path), after.get(path), jax.tree_util.keystr(path[1:])
+        require(x == y, f"{path[0].key}{part} of {name} is {x} after reset, but {y} after step")
+
+    @jax.jit
+    def play(keys: PRNGKey) -> tuple[Array, ...]:
+        agents, uniform = AgentWrapper(env, False), lambda _, x: jnp.where(x.action_mask, 0.0, -1e9)
+        actor = TrainState.create(apply_fn=uniform, params={}, tx=optax.identity())
+        begin = reset_environments(agents, keys)
+        _, played = rollout(agents, actor, keys[:1], begin, limit)
+        has_action = played.observation.action_mask.any(axis=-1).all(axis=(0, 1))
+        is_cut_off = select_leaves(played, ("truncation",))["truncation"][..., 0]
+        first = raw(begin.state.key), begin.observation.agents_view
+        return *first, has_action, is_cut_off, *played.metrics[1:]
+
+    keys = jax.random.split(jax.random.PRNGKey(0), 16)
+    keys, views, has_action, is_cut_off, length, done = jax.device_get(play(keys))
+    num_keys, num_views = (len(np.unique(x, axis=0)) for x in (keys, views))
+    require(num_keys == 16, f"16 resets of {name} with 16 keys put {num_keys} keys into the state")
+    if num_views < 16 and jax.process_index() == 0:
+        print(f"16 resets of {name} with 16 keys began with {num_views} different observations")
+    require(has_action.all(), f"agent {has_action.argmin()} of {name} has no legal action")
+    problem = f"an episode of {name} has not ended at its time_limit, {limit}"
+    require((done | (length < limit)).all(), problem)
+    problem = f"an episode of {name} ended before its time_limit, {limit}, with a discount not 0"
+    require((~is_cut_off | (length == limit)).all(), f"{problem}: at a terminal state it must be 0")
+
+
 def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
 
@@ -1341,7 +1383,8 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     check("arch.distributed", is_set_up, "come after jax.distributed.initialize")
     has_uid = vault.uid is not None or not (resume or arch.distributed)
     check("vault.uid", has_uid, "be given with checkpoint.resume and arch.distributed")
-
+    if env is not None:
+        check_environment(env)
     task = find_task(config.env, env)
     vault = dataclasses.replace(
         vault,
@@ -1377,7 +1420,17 @@ class Recorder:
         self.config, self.task, self.mesh, self.path = config, task, mesh, own_path(config.vault)
         own = lambda x: jax.ShapeDtypeStruct((jax.local_device_count(), *x.shape[1:]), x.dtype)
         experience = jax.tree.map(own, experience)
-        self.metadata = describe_recording(config, task, experience)
+        num_devices, num_updates, *_, num_agents, num_actions = experience[
+            "legal_action_mask"
+        ].shape
+        packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
+        self.metadata = {
+            **dataclasses.asdict(config),
+            "task": {"og_marl_name": task.og_marl_name, "actions": task.actions},
+            **{"num_agents": num_agents, "num_actions": num_actions},
+            **{"num_devices": num_devices, "num_updates_per_eval": num_updates},
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
         self.rows = jax.eval_shape(reshape_experience, experience)
         num_rows, self.rollout_length = self.rows["done"].shape[:2]
         most = 2**30 // sum(x.size * x.dtype.itemsize for x in self.rows.values())  # in 1 GB
@@ -1426,7 +1479,7 @@ class Recorder:
         if self.config.vault.save:
             own_part = multihost_utils.global_array_to_host_local_array
             experience = jax.device_get(own_part(experience, self.mesh, SHARDED))
-            index = np.int32(self.num_new * self.rollout_length)  # from the beginning, once written
+            index = self.num_new * self.rollout_length  # from the beginning, once written
             self.buffer_state = self.add(self.buffer_state.replace(current_index=index), experience)
         self.num_new, self.progress = self.num_new + 1, progress
         if (len(progress.evaluations) - 1) % self.save_interval == 0:
@@ -1456,11 +1509,6 @@ class ExperimentResult(NamedTuple):
     params: Params  # of the evaluation with the highest mean return
     absolute_metric: float | None  # mean return of `params` over more episodes, if asked for
 
-    @property
-    def evaluation_returns(self) -> np.ndarray:
-        """Mean episode return of each evaluation, (num_evaluation,) float32."""
-        return np.array([evaluation.episode_return.mean() for evaluation in self.evaluations])
-
 
 def save_results(result: ExperimentResult, task: Task) -> None:
     """Write the metrics and draw the pictures of a finished run."""
@@ -1476,6 +1524,7 @@ def save_results(result: ExperimentResult, task: Task) -> None:
     print(f"recorded: {result.num_timesteps:,} steps, with all else {size:,.1f} MB, in {path}")
 
 
+@jax.numpy_dtype_promotion("standard")  # Optax and Jumanji do not work with "strict"
 def run_experiment(
     config: Config = Config(), env: Environment | None = None, stop: threading.Event | None = None
 ) -> ExperimentResult:

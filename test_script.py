@@ -20,12 +20,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import distrax
 import jax
 import jax.numpy as jnp
+import jaxmarl
 import nbformat
 import numpy as np
 import optax
@@ -72,7 +72,9 @@ class Walk(Environment):
     """Your own environment: agents on a line, each paid for being near the middle.
 
     Actions 0, 1, 2 lead left, nowhere, right.  An episode terminates when the first agent reaches
-    3, and is cut off when the last one reaches -3 or at the time limit.  One feature is random.
+    3, and is cut off at the time limit.  One feature is random.  An agent below -1 is lost: its own
+    discount is 0, which says nothing of the others.  Of agents without a mask, every second one
+    cannot go right; three of them have a global state.
     """
 
     time_limit = 10
@@ -80,7 +82,7 @@ class Walk(Environment):
 
     def __init__(self, num_agents, is_masked, is_team):
         self.num_agents, self.is_masked, self.is_team = num_agents, is_masked, is_team
-        self.action_spec = specs.MultiDiscreteArray(np.full(num_agents, 3))
+        self.action_spec = specs.MultiDiscreteArray(3 - np.arange(num_agents) % 2)
         super().__init__()
 
     def observe(self, state):
@@ -88,7 +90,8 @@ class Walk(Environment):
         key = jax.random.fold_in(state.key, state.step_count)
         view = jnp.stack([x, x**2, jax.random.randint(key, x.shape, 0, 9)], axis=1)  # integers
         legal = jnp.stack([x > -3, x == x, x < 3], axis=1)
-        return ippo.Observation(view, legal) if self.is_masked else View(view)
+        global_state = x if self.num_agents == 3 else None
+        return ippo.Observation(view, legal, global_state) if self.is_masked else View(view)
 
     def reset(self, key):
         key, position_key = jax.random.split(key)
@@ -100,11 +103,11 @@ class Walk(Environment):
         position = state.position + action - 1
         state = WalkState(position, state.step_count + 1, state.key)
         terminated = position[0] >= 3
-        truncated = (position[-1] <= -3) | (state.step_count >= self.time_limit)
+        truncated = state.step_count >= Walk.time_limit
         reward = 2 - jnp.abs(position).astype(jnp.float32)
-        discount = jnp.where(terminated, 0.0, jnp.ones(self.num_agents))
+        discount = jnp.where(terminated, 0.0, (position >= -1).astype(jnp.float32))
         if self.is_team:
-            reward, discount = reward.sum(), discount.mean()
+            reward, discount = reward.sum(), discount.max()
         step_type = jnp.where(terminated | truncated, StepType.LAST, StepType.MID)
         timestep = restart(self.observe(state))
         return state, timestep.replace(step_type=step_type, reward=reward, discount=discount)
@@ -128,6 +131,7 @@ def experiment(folder, arguments="", env=None):
 
 
 assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)  # two trees
+mean_returns = lambda result: [x.episode_return.mean() for x in result.evaluations]
 snapshot = lambda path: {x: x.is_file() and x.read_bytes() for x in Path(path).rglob("*")}
 where = lambda path: (path.parent.name, path.name, str(path.parents[1]))  # name, uid, rel_dir
 
@@ -208,11 +212,11 @@ def replay(result, env):
     reset, step = jax.jit(env.reset), jax.jit(env.step)
     ids = np.eye(num_agents, dtype=np.float32)[:, : num_agents * config.system.add_agent_id]
     names = (*LEAVES, "next_observation", "discount", "step_count", "truncation")
-    steps = []
+    steps, states = [], []
 
     def see(timestep):
-        seen = timestep.observation
-        mask = getattr(seen, "action_mask", np.ones((num_agents, 3), bool))
+        seen, num_actions = timestep.observation, 3 - np.arange(num_agents) % 2
+        mask = getattr(seen, "action_mask", np.arange(3) < num_actions[:, None])
         return np.hstack([ids, np.asarray(seen.agents_view, np.float32)]), np.asarray(mask)
 
     for row, row_key in enumerate(jax.random.split(key, num_rows + 1)[1:]):
@@ -221,6 +225,7 @@ def replay(result, env):
         for action in actions[row]:
             view, mask = see(timestep)
             assert mask[np.arange(num_agents), action].all(), "an illegal action"
+            states.append(getattr(timestep.observation, "global_state", None))
             state, timestep = step(state, action)
             reward, discount, done = timestep.reward, timestep.discount, bool(timestep.last())
             if isinstance(env, LevelBasedForaging):  # the team's
@@ -239,7 +244,10 @@ def replay(result, env):
         values = np.array([np.broadcast_to(x, (num_agents, *np.shape(x)[1:])) for x in values])
         return values.reshape(num_rows, num_timesteps, *values.shape[1:])
 
-    return dict(zip(names, map(stack, *steps), strict=True))
+    leaves = dict(zip(names, map(stack, *steps), strict=True))
+    if states[0] is not None:
+        leaves["global_state"] = np.array(states, np.float32).reshape(num_rows, num_timesteps, -1)
+    return leaves
 
 
 LINE = "--env.scenario line --vault.extra-leaves "
@@ -249,6 +257,7 @@ RECORDINGS = {
     "warehouse": ("--env.scenario tiny-2ag", "rware/tiny-2ag", None),
     "foraging": ("--env.scenario tiny-lbf --vault.extra-leaves discount", "lbf/tiny-lbf", None),
     "three": (LINE, "walk/line", Walk(3, True, False)),
+    "uneven": ("", "walk/Walk", Walk(2, False, False)),
     # More episodes end at once than are reset in one go.
     "one": ("--arch.num-envs 8 --system.no-add-agent-id", "walk/Walk", Walk(1, False, True)),
 }
@@ -286,6 +295,7 @@ def test_stepping_the_environments_by_hand_gives_the_recording_back(recording, r
     streams, arguments = read_streams(result.path), RECORDINGS[request.node.callspec.id][0]
     extra_leaves = arguments.partition("--vault.extra-leaves")[2].split()
     by_default = set() if export == "rware/tiny-2ag" else {"truncation"}  # as the original's
+    by_default |= {"global_state"} & set(replay)
     assert set(streams) == {*LEAVES, *extra_leaves} | by_default
     for name, leaf in streams.items():
         if name in ("log_prob", "value"):  # see the test of what a policy says
@@ -323,6 +333,8 @@ def test_exported_vault_has_og_marl_layout(recording, tmp_path):
             "state": np.concatenate(list(observation.swapaxes(0, 1)), axis=-1),
         },
     }
+    if "global_state" in leaves:
+        expected["infos"]["state"] = leaves["global_state"]
     path = ippo.export_og_marl(*where(result.path), destination=tmp_path / "source")
     # As OG-MARL's `populate_from_vault(source, env, scenario, dataset, rel_dir)` builds the path.
     exported = read_vault(f"{tmp_path}/source/{name}.vlt/Replay")
@@ -350,7 +362,7 @@ def test_metadata_and_metrics_say_what_the_run_was(recording):
     assert run["step_1"] == {
         "step_count": 512,
         "elapsed_time": result.evaluations[1].elapsed_time,
-        "mean_episode_return": [float(result.evaluation_returns[1])],
+        "mean_episode_return": [float(result.evaluations[1].episode_return.mean())],
         "steps_per_second": [result.evaluations[1].steps_per_second],
     }
     assert run["absolute_metrics"] == {"mean_episode_return": [result.absolute_metric]}
@@ -411,27 +423,135 @@ def test_every_task_has_what_its_name_says():
         assert env._generator.force_coop == scenario.endswith("coop")
 
 
-def test_an_environment_that_lacks_something_is_refused_in_a_line_that_names_it(tmp_path):
-    def lacking(**parts):
-        state, timestep = Walk(2, False, True).reset(jax.random.PRNGKey(0))
-        timestep = timestep.replace(observation=parts.pop("observation", timestep.observation))
-        state = parts.pop("state", state)
-        return SimpleNamespace(**{"reset": lambda key: (state, timestep), **parts})
+def changed(reset=lambda *pair: pair, step=lambda *pair: pair, **attributes):
+    """Your own environment, with a mistake in what `reset` and `step` return, or elsewhere."""
+    env = Walk(2, True, False)
+    old_reset, old_step = env.reset, env.step
+    env.reset, env.step = lambda key: reset(*old_reset(key)), lambda *x: step(*old_step(*x))
+    vars(env).update(attributes)
+    return env
 
-    bad, walk = (Walk(2, True, False) for _ in range(2))
-    bad.step = lambda state, _: (state, walk.reset(state.key)[1].replace(reward=jnp.zeros(3)))
-    for env, message in (
-        (Walk, r"Walk.* is a class: give an instance of it"),
-        (lacking(), "SimpleNamespace has no time_limit"),
-        (lacking(time_limit=10, state=np.zeros(2)), "state of SimpleNamespace has no key"),
-        (lacking(time_limit=10, observation=np.zeros((2, 3))), "no agents_view of shape"),
-        (lacking(time_limit=10), "has no action_mask .* nor an action_spec"),
-        (bad, r"reward and discount of Walk must be of shape \(\) or \(N,\): they are .*3,"),
-        (walk, "time_limit is 9, but that of Walk 10"),
-    ):
-        with pytest.raises(ippo.ConfigError, match=message) as error:
-            experiment(tmp_path, "--env.time-limit 9" if env is walk else "", env)
-        assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+def with_step(**changes):
+    """Your own environment, whose `step` returns a time step with other parts."""
+    return changed(step=lambda state, timestep: (state, timestep.replace(**changes)))
+
+
+def unmasked(**attributes):
+    """Your own environment without a mask."""
+    strip = lambda x: x.replace(observation=View(x.observation.agents_view))
+    unmask = lambda state, timestep: (state, strip(timestep))
+    return changed(unmask, unmask, **attributes)
+
+
+def forget(state, timestep):
+    """A mistake: the discount is 1 also where a terminal state was reached."""
+    return state, timestep.replace(discount=jnp.ones(2))
+
+
+def disarm(state, timestep):
+    """A mistake: where the second agent is at 2, none of its actions is legal."""
+    seen = timestep.observation
+    stuck = (jnp.arange(2) == 1) & (state.position == 2)
+    return state, timestep.replace(
+        observation=seen._replace(action_mask=seen.action_mask & ~stuck[:, None])
+    )
+
+
+def blind(state, timestep, **parts):
+    """A mistake, or at least rare: all episodes begin with the same observation."""
+    seen = timestep.observation
+    return state, timestep.replace(observation=seen._replace(agents_view=0 * seen.agents_view))
+
+
+swap = lambda state, timestep: (timestep, state)
+later = lambda state, timestep: (state._replace(step_count=state.step_count + 0.5), timestep)
+FLAT = ippo.Observation(np.zeros(3), np.ones((2, 3)))
+BOX = specs.BoundedArray((2,), float, -1.0, 1.0)
+MISTAKES = {
+    "class": (Walk, r"Walk.* is a class: give an instance of it"),
+    "no limit": (changed(time_limit=None), "time_limit of Walk is None: it must be an int"),
+    "half a step": (changed(time_limit=9.5), "time_limit of Walk is 9.5: it must be an int"),
+    "limit": (Walk(2, True, False), "time_limit is 9, but that of Walk 10"),
+    "order": (changed(swap, swap), r"reset of Walk must return \(state, TimeStep\)"),
+    "order of step": (changed(step=swap), r"step of Walk must return \(state, TimeStep\)"),
+    "no key": (changed(lambda state, timestep: (state[:2], timestep)), "state of Walk has no key"),
+    "no view": (changed(lambda x, y: (x, y.replace(observation=FLAT))), "no agents_view of shape"),
+    "no actions": (unmasked(action_spec=None), "Walk has no action_mask .* discrete actions"),
+    "continuous": (unmasked(action_spec=BOX), "Walk has no action_mask .* discrete actions"),
+    "reward": (
+        with_step(reward=jnp.zeros(3)),
+        r"step of Walk returns .*'reward': \(3,\).*: fit is",
+    ),
+    "step_type": (with_step(step_type=jnp.zeros(2, int)), r"returns {'step_type': \(2,\)"),
+    "state": (changed(step=later), r"state.step_count of Walk is int32\(\) after .* float32\(\)"),
+    "observation": (
+        with_step(observation=ippo.Observation(jnp.zeros((2, 4)), jnp.ones((2, 3), bool))),
+        r"observation.agents_view of Walk is int32\(2, 3\) after reset, but float32\(2, 4\) after",
+    ),
+    "one key": (
+        changed(lambda state, timestep: (state._replace(key=jax.random.PRNGKey(0)), timestep)),
+        "16 resets of Walk with 16 keys put 1 keys into the state",
+    ),
+    "no legal action": (changed(disarm, disarm), "agent 1 of Walk has no legal action"),
+    "endless": (with_step(step_type=StepType.MID), "not ended at its time_limit, 10"),
+    "too early": (changed(time_limit=9), "an episode of Walk has not ended at its time_limit, 9"),
+    "discount": (
+        changed(step=forget),
+        "Walk ended before its time_limit, 10, with a discount not 0",
+    ),
+    "too late": (changed(time_limit=11), "Walk ended before its time_limit, 11, with a discount"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_your_own_environment_is_told_in_a_line_that_names_it(mistake, tmp_path):
+    env, message = MISTAKES[mistake]
+    with pytest.raises(ippo.ConfigError, match=message) as error:
+        experiment(tmp_path, "--env.time-limit " + ("9" if mistake == "limit" else "None"), env)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_episodes_that_all_begin_alike_are_told_of(tmp_path, capsys):
+    experiment(tmp_path, env=changed(blind))
+    assert capsys.readouterr().out.startswith("16 resets of Walk with 16 keys began with 1 differ")
+
+
+def test_an_evaluation_ends_at_the_time_limit():
+    env = ippo.make_env(small_config().env, env=with_step(step_type=StepType.MID))
+    observation = env.reset(jax.random.PRNGKey(0))[1].observation
+    actor, _ = ippo.init_networks(ippo.Config(), observation, jax.random.PRNGKey(0))
+    evaluate = ippo.make_evaluate(env, 4, False, Mesh(np.array(jax.devices()), ("device",)))
+    with pytest.raises(ippo.ConfigError, match="Walk has not ended at its time_limit, 10"):
+        evaluate(actor, jax.random.PRNGKey(0))
+
+
+class Typed(Walk):
+    """Your own environment, with typed keys in its state, whatever key it is given."""
+
+    def reset(self, key):
+        return super().reset(jax.random.key(jax.random.bits(key)))
+
+
+def test_typed_keys_in_a_state_are_saved_and_resumed(tmp_path):
+    whole = experiment(tmp_path / "whole", FIVE, Typed(2, True, False))
+    experiment(tmp_path, evaluations(2), Typed(2, True, False))
+    resumed = experiment(tmp_path, FIVE + RESUME, Typed(2, True, False))
+    check_equal(resumed.path, whole.path)
+    assert len(np.unique(read_streams(whole.path)["observation"][..., 4])) == 9, "not random"
+
+
+def test_a_run_does_not_depend_on_how_jax_is_set_up(tmp_path):
+    expected = read_vault(experiment(tmp_path / "plain", "--env.scenario 2s-8x8-2p-2f-coop").path)
+    lbf = "--env.scenario 2s-8x8-2p-2f-coop"
+    settings = {"JAX_ENABLE_CUSTOM_PRNG": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    for folder, x64 in (("0", "0"), ("1", "1")):
+        process = start(tmp_path / folder, lbf, JAX_ENABLE_X64=x64, **settings)
+        assert process.wait(120) == 0, (tmp_path / folder / "log").read_text()
+        actual = read_vault(tmp_path / folder / "vaults/ff_ippo_lbf/a")
+        dtypes = (jax.tree.map(lambda x: x.dtype, leaves) for leaves in (actual, expected))
+        assert next(dtypes) == next(dtypes)
+        assert x64 == "1" or assert_equal(actual, expected)
 
 
 # ---- NETWORKS, ADVANTAGE, LOSSES, LEARNER --------------------------------------------------------
@@ -685,6 +805,7 @@ def test_a_read_only_run_is_exported_elsewhere(whole, tmp_path):
 
 def test_a_recording_without_a_complete_episode_is_exported_and_drawn_all_the_same(tmp_path):
     arguments = "--system.rollout-length 1 --system.num-minibatches 1 --system.num-updates 1 "
+    arguments += "--vault.save-interval 1 "
     result = experiment(tmp_path, arguments + "--arch.num-evaluation 1")
     assert len(ippo.load_episodes(*where(result.path)).length) == 0
     assert open_with_flashbax(ippo.export_og_marl(*where(result.path))).vault_index == 0
@@ -740,7 +861,7 @@ def test_configuration_is_completed():
 def test_requirements_are_those_in_the_head_of_the_script():
     head = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.M | re.S).group(1)
     in_script = re.findall(r'^#     "(.+)",$', head, re.M)
-    lines = (FOLDER / "requirements.txt").read_text().split("# To run test_script.py.")[0]
+    lines = (FOLDER / "requirements.txt").read_text().split("# To run test_script.py")[0]
     in_file = [line for line in lines.splitlines() if line and not line.startswith("#")]
     assert in_script == in_file and len(in_file) > 8
 
@@ -920,14 +1041,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, way, capsys)
     result = experiment(tmp_path, FIVE + more)
     check_equal(result.path, expected.path)
     assert_equal(result.params, expected.params)
-    assert_equal(result.evaluation_returns, expected.evaluation_returns)
+    assert_equal(mean_returns(result), mean_returns(expected))
     assert len(list(result.path.glob("checkpoint.*"))) == 3
     assert not list(result.path.parent.glob(".*")) + list(result.path.rglob(".*"))
 
 
 def test_the_best_parameters_are_kept_and_evaluated_once_more(whole):
     result = whole[1]
-    assert 0 < (best := result.evaluation_returns.argmax()) < 4, "choose another seed"
+    assert 0 < (best := np.argmax(mean_returns(result))) < 4, "choose another seed"
     env, actor, _ = actor_with(result.params, result.config)
     evaluate = ippo.make_evaluate(env, 4, False, Mesh(np.array(jax.devices()), ("device",)))
     key = np.asarray(jax.random.split(jax.random.PRNGKey(2), 3)[1])
@@ -1135,13 +1256,71 @@ def test_readme_animates_a_policy(tmp_path, monkeypatch):
     assert Path("policy.gif").read_bytes()[:3] == b"GIF"
 
 
-def test_readme_trains_on_your_own_environment(tmp_path, monkeypatch, capsys):
+def replay_jaxmarl(env, endless, actions, keys):
+    """Leaves (rows, time, ...) of JaxMARL's environment, from the actions and the rows' keys.
+
+    `endless` is the same environment without a time limit: it ends where a state is terminal.
+    """
+    reset, step, step_endless = map(jax.jit, (env.reset, env.step_env, endless.step_env))
+    rows = lambda values: np.stack([np.ravel(values[agent]) for agent in env.agents])
+    ones = np.ones(env.num_agents, bool)
+    every = np.ones((env.num_agents, env.action_space(env.agents[0]).n), bool)
+    steps = []
+    for row_actions, key in zip(actions, keys, strict=True):
+        done, key = True, [jax.random.split(key)[1]]
+        for joint_action in row_actions:
+            if done:
+                key, reset_key = jax.random.split(key[0])
+                seen, state = reset(reset_key)
+            try:
+                mask = rows(env.get_avail_actions(state)).astype(bool)
+            except NotImplementedError:
+                mask = every
+            leaves = {"observation": rows(seen), "legal_action_mask": mask}
+            if "world_state" in seen:
+                leaves["global_state"] = seen["world_state"]
+            key, step_key = jax.random.split(key)
+            action = dict(zip(env.agents, joint_action, strict=True))
+            is_terminal = step_endless(step_key, state, action)[3]["__all__"]
+            seen, state, reward, dones, _ = step(step_key, state, action)
+            done = bool(dones["__all__"])
+            leaves |= {"reward": rows(reward)[:, 0], "done": ones & done}
+            steps.append({**leaves, "truncation": ones & (done and not is_terminal)})
+            key = jax.random.split(key) if done else key
+    leaves = jax.tree.map(lambda *x: np.stack(x), *steps)
+    return jax.tree.map(lambda x: x.reshape(*actions.shape[:2], *x.shape[1:]), leaves)
+
+
+def test_readmes_adapter_records_what_jaxmarls_environments_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = readme_code("Your own environment")
-    exec(compile(assign(code, num_updates=1, num_evaluation=1), "README.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert any(Path(line).is_dir() for line in lines if line.endswith("vlt/Replay"))
-    assert re.fullmatch(r"\d+ of \d+ cut off", lines[-1])
+    variables = {"__name__": "readme"}
+    exec(compile(assign(code, num_updates=1, num_evaluation=1), "README.md", "exec"), variables)
+    assert capsys.readouterr().out.count(".vlt/Replay\n") == 2
+    make, results = jaxmarl.make, variables["results"]
+    riddle = variables["JaxMARL"](make("switch_riddle"), 6)
+    config = ippo.Config(ippo.SystemConfig(num_updates=1), ippo.ArchConfig(num_evaluation=1))
+    results["riddle"] = ippo.run_experiment(config, riddle)
+    for scenario, options in (
+        ("3m", ("HeuristicEnemySMAX", {"scenario": variables["map_name_to_scenario"]("3m")})),
+        ("simple_spread", ("MPE_simple_spread_v3", {})),
+        ("riddle", ("switch_riddle", {})),
+    ):
+        env, endless = make(options[0], **options[1]), make(options[0], **options[1])
+        getattr(endless, "_env", endless).max_steps = 10**6
+        leaves = jax.tree.map(lambda x: x[:8], read_vault(results[scenario].path))
+        action, num_agents = leaves.pop("action"), len(env.agents)
+        leaves["observation"] = leaves["observation"][..., num_agents:]  # without the one-hot
+        key = jax.random.split(jax.random.PRNGKey(42), 3)[0]
+        expected = replay_jaxmarl(env, endless, action, np.asarray(jax.random.split(key, 33))[1:9])
+        close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+        jax.tree.map(close, leaves, expected)
+        ends, cut_off = leaves["done"][..., 0], leaves["truncation"][..., 0]
+        assert ends.any() and cut_off[ends].all() == (scenario == "simple_spread")
+        assert ("global_state" in leaves) == (scenario == "3m")
+    # Of the riddle's episodes of full length, some end by an answer in the last step.
+    lasted = [(cut_off[row, end], end - begin == 5) for end, row, begin in walk_episodes(ends)]
+    assert {is_cut_off for is_cut_off, is_long in lasted if is_long} == {True, False}
 
 
 def test_readme_names_no_option_that_is_not_there():
