@@ -3,16 +3,16 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "jax>=0.7.0,<0.11",
-#     "jaxlib>=0.7.0,<0.11",
+#     "jax>=0.7.0,<0.13",
+#     "jaxlib>=0.7.0,<0.13",
 #     "flashbax>=0.1.3,<0.2",
 #     "flax>=0.11.0,<0.13",
 #     "optax>=0.2.5,<0.3",
 #     "distrax>=0.1.7,<0.2",
 #     "jumanji>=1.1.2,<1.2",
 #     "chex>=0.1.90,<0.2",
-#     "tyro>=0.9.0,<2",
-#     "tqdm>=4.66,<5",
+#     "tyro>=0.9.1,<2",
+#     "tqdm>=4.66.1,<5",
 # ]
 # ///
 """Train independent PPO and record every transition into a Flashbax Vault.
@@ -39,6 +39,7 @@ import datetime
 import fcntl
 import functools
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -74,8 +75,6 @@ from flax.training.train_state import TrainState
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
 
 
@@ -111,7 +110,7 @@ class ArchConfig:
     num_evaluation: int = 200  # evaluations, evenly spaced over training (E)
     num_eval_episodes: int = 32  # episodes per evaluation, a multiple of the number of devices
     num_absolute_metric_eval_episodes: int = 320  # episodes for the absolute metric
-    absolute_metric: bool = True  # evaluate the best parameters once more at the end
+    absolute_metric: bool = True  # evaluate the best parameters at the end, as marl-eval needs it
     evaluation_greedy: bool = False  # evaluate the most probable action instead of a sampled one
     distributed: bool = False  # be one of several processes, each with devices of its own
     coordinator_address: str | None = None  # of process 0, host:port, if the cluster does not say
@@ -184,8 +183,10 @@ if "--arch.distributed" in sys.argv and not jax.distributed.is_initialized():
     this_process = (arch.coordinator_address, arch.num_processes, arch.process_id)
     jax.distributed.initialize(*this_process, heartbeat_timeout_seconds=30)
 
-# Imported in a notebook, Jumanji chooses a backend of matplotlib that may not be installed.
-with mock.patch.object(builtins, "__IPYTHON__", False, create=True):
+# The backends of matplotlib that Jumanji and notebooks choose may not be installed.
+with mock.patch.object(builtins, "__IPYTHON__", False, create=True), mock.patch.dict(os.environ):
+    if importlib.util.find_spec("matplotlib_inline") is None:
+        os.environ.pop("MPLBACKEND", None)
     from jumanji.env import Environment, State
     from jumanji.environments import LevelBasedForaging, RobotWarehouse
     from jumanji.environments.routing.lbf import generator as lbf
@@ -193,6 +194,8 @@ with mock.patch.object(builtins, "__IPYTHON__", False, create=True):
     from jumanji.environments.routing.robot_warehouse import generator as rware
     from jumanji.types import TimeStep
     from jumanji.wrappers import Wrapper
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
 
 def gather(tree: ArrayTree) -> ArrayTree:
@@ -881,7 +884,7 @@ def make_vault(path: Path, experience: Any, chunk_length: int, metadata: dict[st
     timesteps, best a divisor of what each write brings: chunks that TensorStore chooses are coded
     again by later writes, which takes 1.5 times the processor time and leaves 30 % more on disk.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # Flashbax's advice is for other buffers
+    with mock.patch("flashbax.vault.vault.print", create=True):  # its advice is for other buffers
         options = {"compression": {"id": "zstd", "level": 1}, "metadata": metadata}
         vault = Vault(str(path.parent), experience, vault_uid=path.name, **options)
 
@@ -989,10 +992,7 @@ def find_checkpoints(path: Path) -> dict[int, Path]:
 
 
 def load_checkpoint(file: Path, config: Config, like: Progress) -> Progress:
-    """The progress that was saved, on the devices as `like` lies there.
-
-    A `ConfigError` names the first difference where it is of another configuration.
-    """
+    """The progress that was saved, placed as `like`; a `ConfigError` names what does not fit."""
     saved = msgpack_restore(file.read_bytes())
     for name, value in fixed_settings(config).items():
         old = saved["settings"].get(name)

@@ -12,13 +12,16 @@ import itertools
 import json
 import math
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -682,7 +685,7 @@ def test_evaluation_against_playing_the_episodes_by_hand(greedy):
     theirs = Walk(3, True, False)
     env = ippo.make_env(small_config().env, add_agent_id=False, env=theirs)
     observation = env.reset(jax.random.PRNGKey(0))[1].observation
-    actor, _ = ippo.init_networks(ippo.Config(), observation, jax.random.PRNGKey(6))
+    actor, _ = ippo.init_networks(ippo.Config(), observation, jax.random.PRNGKey(9))
     metrics = jax.jit(lambda key: ippo.evaluate(env, actor, key, num_episodes, greedy))(key)
 
     reset, step = jax.jit(jax.vmap(theirs.reset)), jax.jit(jax.vmap(theirs.step))
@@ -1183,10 +1186,12 @@ def test_processes_that_were_given_different_runs_all_end_with_one_line(tmp_path
 
 
 # ---- README --------------------------------------------------------------------------------------
+PAGES = (FOLDER / "README.md").read_text() + (FOLDER / ".github/GUIDE.md").read_text()
+
+
 def readme_code(heading, language="python"):
-    """The code blocks of a section of the README."""
-    section = re.split(r"^##+ ", (FOLDER / "README.md").read_text(), flags=re.M)
-    (section,) = [text for text in section if text.startswith(heading)]
+    """The code blocks of a section of the README, or of the guide."""
+    (section,) = [x for x in re.split(r"^##+ ", PAGES, flags=re.M) if x.startswith(heading)]
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", section, re.M | re.S)
     assert blocks
     return blocks
@@ -1203,27 +1208,80 @@ def assign(code, **values):
 
 
 def test_readmes_cells_percent_run_and_the_pasted_file_work_in_a_notebook(tmp_path):
-    train, *cells = readme_code("In a notebook")
+    (cell,) = readme_code("In a notebook")
+    (adapter,) = readme_code("Your own environment")
+    adapter = adapter.partition("smax = ")[0]  # the first cell of all imports the file first
+    adapter += "\nissubclass(JaxMARL, object) and print(ippo.find_task(ippo.EnvConfig()).scenario)"
     requirements = (FOLDER / "requirements.txt").read_text().splitlines()
-    installed = re.findall(r"^%pip install -q (.*)\n", train, re.M)
+    installed = re.findall(r"^%pip install -q (.*)\n", cell, re.M)
     assert set(re.findall(r'"(.+?)"', " ".join(installed))) <= set(requirements) and installed
-    train = assign(re.sub(r"^%pip.*\n", "", train, flags=re.M), num_updates=1, num_evaluation=1)
+    cell = re.sub(r"^%pip.*\n", "", cell, flags=re.M)
+    cell = assign(cell, num_updates=1, num_evaluation=1)
     small = SMALL.replace("walk", "tiny-2ag").replace("\n", " ")
-    cells = [train, *cells, f"%run {SCRIPT} {small} --vault.uid percent", "%reset -f"]
-    run = f"run_experiment(tyro.cli(Config, args='{small} --vault.uid pasted'.split()))"
-    cells += [SCRIPT.read_text(), run, "export_og_marl('ff_ippo_rware', 'pasted')"]
+    cells = [adapter, cell, f"%run {SCRIPT} {small} --vault.uid percent", "%reset -f"]
+    # The file in a cell, and the last two lines of the README's cell in the next.
+    run, plot = cell.splitlines()[-2:]
+    cells += [SCRIPT.read_text(), f"{run}\n{plot}", "print(result.config.system.seed)"]
+    cells.append(f"run_experiment(tyro.cli(Config, args='{small} --vault.uid pasted'.split()))")
+    cells.append("export_og_marl('ff_ippo_rware', 'pasted')")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = ["".join(x.get("text", "") for x in cell.outputs) for cell in notebook.cells]
-    assert outputs[-3] == "" and "2/2" in outputs[-2], "no progress bar"
+    assert "tiny-2ag\n" in outputs[0] and outputs[4] == "" and outputs[6] == "42\n"
+    assert "2/2" in outputs[-2], "no progress bar"
+    for index in (1, 5):
+        assert "image/png" in notebook.cells[index].outputs[-1]["data"], "no learning curve"
     vaults = tmp_path / "vaults/ff_ippo_rware"
     for uid in ("percent", "pasted"):
         assert read_vault(vaults / uid)["done"].shape == (16, 32, 2)
-    assert len(list(vaults.iterdir())) == 3  # that of the README's cells, too
+    assert len(list(vaults.iterdir())) == 4  # those of the README's cells, too
     assert (vaults / "pasted/og_marl/rware/tiny-2ag.vlt/Replay").is_dir()
 
 
-def test_readmes_commands_record_policies_and_its_code_reads_them(tmp_path, monkeypatch, capsys):
+def test_percent_run_in_a_terminal_is_stopped_and_the_session_lives(tmp_path):
+    monitor, terminal = pty.openpty()
+    command = [sys.executable, "-m", "IPython", "--simple-prompt", "--no-banner"]
+    environment = {**os.environ, "TERM": "dumb", "IPYTHONDIR": str(tmp_path / "ipython")}
+    ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "env": environment}
+    session = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **ends)
+
+    def wait_for_text(text, shown=""):
+        end = time.monotonic() + 120
+        while text not in shown:
+            assert time.monotonic() < end, shown
+            if select.select([monitor], [], [], 0.1)[0]:
+                shown += os.read(monitor, 65536).decode()
+
+    wait_for_text("In [1]")
+    small = ENDLESS + SMALL.replace("walk", "tiny-2ag").replace("\n", " ")
+    small = f"{small} --system.num-updates 200000 --arch.num-evaluation 100000"
+    os.write(monitor, f"%run {SCRIPT} {small}\n".encode())
+    wait_for_text("step 1,024")
+    session.send_signal(signal.SIGINT)
+    wait_for_text("run the same with --checkpoint.resume")
+    os.write(monitor, b"print(6 * 7)\n")
+    wait_for_text("42")
+    session.kill()
+    session.wait()
+
+
+def test_a_notebooks_backend_of_matplotlib_need_not_be_installed():
+    program = "import sys; sys.modules['matplotlib_inline'] = None\n"
+    program += "import ff_ippo_store_experience as ippo; print(ippo.os.environ['MPLBACKEND'])"
+    environment = {**os.environ, "MPLBACKEND": "nowhere"}  # a name that matplotlib refuses
+    options = {"env": environment, "capture_output": True, "text": True, "check": True}
+    assert subprocess.run([sys.executable, "-c", program], **options).stdout == "nowhere\n"
+
+
+def test_vaults_are_opened_in_threads(whole):
+    stdout = sys.stdout
+    with ThreadPoolExecutor(2) as threads:
+        paths = [where(whole[1].path)] * 40
+        assert len(list(threads.map(lambda path: ippo.open_vault(*path), paths))) == 40
+    assert sys.stdout is stdout
+
+
+def test_pages_commands_record_policies_and_their_code_reads_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     quick = WALK._replace(og_marl_name="rware")
     monkeypatch.setitem(ippo.TASKS, "tiny-2ag", quick)
@@ -1234,24 +1292,24 @@ def test_readmes_commands_record_policies_and_its_code_reads_them(tmp_path, monk
         arguments = rware + re.sub("--system.num-updates .*", "", arguments)
         policy = ippo.run_experiment(small_config(arguments)).config.checkpoint.load_params
     assert policy == "vaults/ff_ippo_rware/long"
+    ippo.run_experiment(small_config(rware + "--vault.uid demo"))  # of "1. Record"
     variables = {}
-    exec(readme_code("Recording a policy")[0], variables)
-    assert_equal(variables["params"], ippo.load_params(policy))
-    assert Path("vaults/ff_ippo_rware/expert/og_marl/rware/tiny-2ag.vlt/Expert").is_dir()
-    exec(readme_code("Reading the vault")[0].replace('"demo"', '"expert"'), variables)
+    for code in readme_code("2. Read"):
+        exec(code, variables)
+    assert len(variables["episodes"].length) == len(ippo.load_episodes("ff_ippo_rware", "demo")[1])
     assert variables["pair"].first["observation"].shape == (32, 2, 5)
-    exec(readme_code("Changing the algorithm")[0].replace('"demo"', '"expert"'), variables)
+    (sequences,) = readme_code("Changing the algorithm")
+    exec(sequences, variables)
     assert variables["batch"]["observation"].shape == (32, 20, 2, 5)
-    code = assign(readme_code("Training offline")[-1], PERCENTILES=(50, 100), NUM_STEPS=20)
-    exec(assign(code, UID='"expert"', NUM_EPISODES=4), {})
-    printed = capsys.readouterr().out
-    assert "behaviour" in printed and printed.count("cloning_loss") == 3
+    (code,) = readme_code("3. Train")
+    exec(assign(code, NUM_STEPS=20), {})
+    assert re.search(r"cloned: -?[\d.]+\n$", capsys.readouterr().out)
 
 
-def test_readme_animates_a_policy(tmp_path, monkeypatch):
+def test_guide_animates_a_policy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ippo.run_experiment(small_config("--env.scenario tiny-2ag --vault.uid demo"))
-    (code,) = readme_code("A picture of the policy")
+    (code,) = readme_code("An animation of the policy")
     exec(assign(code, RUN='"demo"').replace("states[:200]", "states[:3]"), {})
     assert Path("policy.gif").read_bytes()[:3] == b"GIF"
 
@@ -1294,21 +1352,20 @@ def replay_jaxmarl(env, endless, actions, keys):
 def test_readmes_adapter_records_what_jaxmarls_environments_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = readme_code("Your own environment")
-    variables = {"__name__": "readme"}
+    variables = {}
     exec(compile(assign(code, num_updates=1, num_evaluation=1), "README.md", "exec"), variables)
-    assert capsys.readouterr().out.count(".vlt/Replay\n") == 2
-    make, results = jaxmarl.make, variables["results"]
-    riddle = variables["JaxMARL"](make("switch_riddle"), 6)
-    config = ippo.Config(ippo.SystemConfig(num_updates=1), ippo.ArchConfig(num_evaluation=1))
-    results["riddle"] = ippo.run_experiment(config, riddle)
+    riddle = variables["JaxMARL"](jaxmarl.make("switch_riddle"), 6)
+    config = ippo.Config(variables["system"], variables["arch"])
+    ippo.run_experiment(dataclasses.replace(config, vault=ippo.VaultConfig(uid="riddle")), riddle)
+    assert "16 resets of JaxMARL with 16 keys began with 3 differ" in capsys.readouterr().out
     for scenario, options in (
         ("3m", ("HeuristicEnemySMAX", {"scenario": variables["map_name_to_scenario"]("3m")})),
         ("simple_spread", ("MPE_simple_spread_v3", {})),
         ("riddle", ("switch_riddle", {})),
     ):
-        env, endless = make(options[0], **options[1]), make(options[0], **options[1])
+        env, endless = (jaxmarl.make(options[0], **options[1]) for _ in range(2))
         getattr(endless, "_env", endless).max_steps = 10**6
-        leaves = jax.tree.map(lambda x: x[:8], read_vault(results[scenario].path))
+        leaves = jax.tree.map(lambda x: x[:8], read_vault(f"vaults/ff_ippo_jaxmarl/{scenario}"))
         action, num_agents = leaves.pop("action"), len(env.agents)
         leaves["observation"] = leaves["observation"][..., num_agents:]  # without the one-hot
         key = jax.random.split(jax.random.PRNGKey(42), 3)[0]
@@ -1324,6 +1381,6 @@ def test_readmes_adapter_records_what_jaxmarls_environments_do(tmp_path, monkeyp
 
 
 def test_readme_names_no_option_that_is_not_there():
-    options = re.findall(r"--(\w+)\.(?:no-)?([\w-]+)", (FOLDER / "README.md").read_text())
+    options = re.findall(r"--(\w+)\.(?:no-)?([\w-]+)", PAGES)
     groups = dataclasses.asdict(ippo.Config())
     assert len(options) > 5 and all(y.replace("-", "_") in groups[x] for x, y in options)
