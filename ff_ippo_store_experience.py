@@ -1286,11 +1286,8 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
 
 # ---- RUN -----------------------------------------------------------------------------------------
 def check_environment(env: Environment) -> None:
-    """Raise a `ConfigError` that says what your own environment lacks of what the README describes.
-
-    Its functions are traced, and then 16 environments act at random for `time_limit` timesteps.
-    """
-    name, limit = type(env).__name__, getattr(env, "time_limit", None)
+    """A `ConfigError` says where yours breaks the README's contract; 16 copies act at random."""
+    name, limit, key = type(env).__name__, getattr(env, "time_limit", None), jax.random.PRNGKey(0)
     require(not isinstance(env, type), f"{env} is a class: give an instance of it")
     is_count = isinstance(limit, int | np.integer) and limit > 0
     require(is_count, f"time_limit of {name} is {limit!r}: it must be an int, of timesteps")
@@ -1301,20 +1298,22 @@ def check_environment(env: Environment) -> None:
         require(fits, f"{function} of {name} must return (state, TimeStep), as Jumanji's does")
         return pair
 
-    state, first = trace("reset", jax.random.PRNGKey(0))
+    state, first = trace("reset", key)
     require(hasattr(state, "key"), f"the state of {name} has no key to begin the next episode with")
-    parts = (getattr(first.observation, part, None) for part in Observation._fields)
+    parts = [getattr(first.observation, part, None) for part in Observation._fields]
     view, mask, global_state = map(np.shape, parts)  # that of None is ()
     require(len(view) == 2, f"the observation of {name} has no agents_view of shape (N, O)")
     num_values = np.shape(getattr(getattr(env, "action_spec", None), "num_values", [[]]))
     fits = mask[:-1] == view[:1] if mask else num_values in ((), view[:1])
     lacks = "no action_mask (N, A) in its observation, nor an action_spec of discrete actions"
     require(fits, f"{name} has {lacks}, with num_values () or (N,)")
-    require(len(global_state) < 2, f"the global_state of {name} is not of shape (S,)")
+    fits = parts[2] is None or len(global_state) == 1
+    require(fits, f"the global_state of {name} is not of shape (S,)")
     next_state, second = trace("step", state, jnp.zeros(view[0], jnp.int32))
-    shapes = {part: getattr(second, part).shape for part in ("step_type", "reward", "discount")}
-    fits = shapes["step_type"] == () and set(shapes.values()) <= {(), view[:1]}
-    require(fits, f"step of {name} returns {shapes}: fit is (), or (N,) but for step_type")
+    own = {(), view[:1]}  # of all agents, or of each
+    for part, fitting in {"step_type": {()}, "reward": own, "discount": own}.items():
+        shapes = {getattr(getattr(x, part), "shape", None) for x in (first, second)}
+        require(shapes <= fitting, f"{part} of {name} has the shapes {shapes}, not {fitting}")
     form = lambda x: f"{x.dtype}{x.shape}"
     before = jax.tree.map(form, {"state": state, "observation": first.observation})
     after = jax.tree.map(form, {"state": next_state, "observation": second.observation})
@@ -1324,22 +1323,23 @@ def check_environment(env: Environment) -> None:
         require(x == y, f"{path[0].key}{part} of {name} is {x} after reset, but {y} after step")
 
     @jax.jit
-    def play(keys: PRNGKey) -> tuple[Array, ...]:
+    def play(key: PRNGKey) -> tuple:
         agents, uniform = AgentWrapper(env, False), lambda _, x: jnp.where(x.action_mask, 0.0, -1e9)
         actor = TrainState.create(apply_fn=uniform, params={}, tx=optax.identity())
-        begin = reset_environments(agents, keys)
-        _, played = rollout(agents, actor, keys[:1], begin, limit)
+        begin = reset_environments(agents, jax.random.split(key, 16))
+        (_, end), played = rollout(agents, actor, key[None], begin, limit)
         has_action = played.observation.action_mask.any(axis=-1).all(axis=(0, 1))
         is_cut_off = select_leaves(played, ("truncation",))["truncation"][..., 0]
-        first = raw(begin.state.key), begin.observation.agents_view
-        return *first, has_action, is_cut_off, *played.metrics[1:]
+        is_finite = [jnp.isfinite(x).all() for x in (played.observation.agents_view, played.reward)]
+        first = (raw(begin.state.key), raw(end.state.key)), begin.observation.agents_view
+        return *first, has_action, is_finite, is_cut_off, *played.metrics[1:]
 
-    keys = jax.random.split(jax.random.PRNGKey(0), 16)
-    keys, views, has_action, is_cut_off, length, done = jax.device_get(play(keys))
-    num_keys, num_views = (len(np.unique(x, axis=0)) for x in (keys, views))
-    require(num_keys == 16, f"16 resets of {name} with 16 keys put {num_keys} keys into the state")
-    if num_views < 16 and jax.process_index() == 0:
-        print(f"16 resets of {name} with 16 keys began with {num_views} different observations")
+    keys, views, has_action, is_finite, is_cut_off, length, done = jax.device_get(play(key))
+    num_keys = min(len(np.unique(x, axis=0)) for x in keys)
+    require(num_keys == 16, f"16 states of {name} that began with 16 keys have {num_keys} keys")
+    require(all(is_finite), f"agents_view or reward of {name} is not finite")
+    if (count := len(np.unique(views, axis=0))) < 16 and jax.process_index() == 0:
+        print(f"16 resets of {name} with 16 keys began with {count} different observations")
     require(has_action.all(), f"agent {has_action.argmin()} of {name} has no legal action")
     problem = f"an episode of {name} has not ended at its time_limit, {limit}"
     require((done | (length < limit)).all(), problem)

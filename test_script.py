@@ -482,11 +482,15 @@ MISTAKES = {
     "no view": (changed(lambda x, y: (x, y.replace(observation=FLAT))), "no agents_view of shape"),
     "no actions": (unmasked(action_spec=None), "Walk has no action_mask .* discrete actions"),
     "continuous": (unmasked(action_spec=BOX), "Walk has no action_mask .* discrete actions"),
-    "reward": (
-        with_step(reward=jnp.zeros(3)),
-        r"step of Walk returns .*'reward': \(3,\).*: fit is",
+    "reward": (with_step(reward=jnp.zeros(3)), r"reward of Walk has the shapes .*\(3,\).*, not"),
+    "rewards": (with_step(reward={"a": 0.0}), "reward of Walk has the shapes .*None.*, not"),
+    "step_type": (with_step(step_type=jnp.zeros(2, int)), "step_type of Walk has the shapes"),
+    "global_state": (
+        with_step(
+            observation=ippo.Observation(jnp.zeros((2, 3), int), jnp.ones((2, 3), bool), 0.0)
+        ),
+        r"observation.global_state of Walk is None after reset, but float32\(\) after step",
     ),
-    "step_type": (with_step(step_type=jnp.zeros(2, int)), r"returns {'step_type': \(2,\)"),
     "state": (changed(step=later), r"state.step_count of Walk is int32\(\) after .* float32\(\)"),
     "observation": (
         with_step(observation=ippo.Observation(jnp.zeros((2, 4)), jnp.ones((2, 3), bool))),
@@ -494,8 +498,13 @@ MISTAKES = {
     ),
     "one key": (
         changed(lambda state, timestep: (state._replace(key=jax.random.PRNGKey(0)), timestep)),
-        "16 resets of Walk with 16 keys put 1 keys into the state",
+        "16 states of Walk that began with 16 keys have 1 keys",
     ),
+    "one key later": (
+        changed(step=lambda state, y: (state._replace(key=jax.random.PRNGKey(0)), y)),
+        "16 states of Walk that began with 16 keys have [12] keys",
+    ),
+    "not a number": (with_step(reward=jnp.full(2, jnp.nan)), "reward of Walk is not finite"),
     "no legal action": (changed(disarm, disarm), "agent 1 of Walk has no legal action"),
     "endless": (with_step(step_type=StepType.MID), "not ended at its time_limit, 10"),
     "too early": (changed(time_limit=9), "an episode of Walk has not ended at its time_limit, 9"),
