@@ -932,8 +932,8 @@ def raw(x: Array) -> Array:
 def place(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
     """NumPy arrays of this process, on the devices as those of the tree `like` lie there."""
     put = lambda new, old: jax.make_array_from_process_local_data(raw(old).sharding, new)
-    key = lambda new, old: jax.random.wrap_key_data(put(new, old), impl=jax.random.key_impl(old))
-    return jax.tree.map(lambda new, old: (put if raw(old) is old else key)(new, old), tree, like)
+    wrap = lambda new, old: jax.random.wrap_key_data(put(new, old), impl=jax.random.key_impl(old))
+    return jax.tree.map(lambda new, old: (put if raw(old) is old else wrap)(new, old), tree, like)
 
 
 def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
@@ -1286,7 +1286,7 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
 
 # ---- RUN -----------------------------------------------------------------------------------------
 def check_environment(env: Environment) -> None:
-    """A `ConfigError` says where yours breaks the README's contract; 16 copies act at random."""
+    """Raise a `ConfigError` if your own environment is wrong; 16 copies of it act at random."""
     name, limit, key = type(env).__name__, getattr(env, "time_limit", None), jax.random.PRNGKey(0)
     require(not isinstance(env, type), f"{env} is a class: give an instance of it")
     is_count = isinstance(limit, int | np.integer) and limit > 0
@@ -1420,9 +1420,8 @@ class Recorder:
         self.config, self.task, self.mesh, self.path = config, task, mesh, own_path(config.vault)
         own = lambda x: jax.ShapeDtypeStruct((jax.local_device_count(), *x.shape[1:]), x.dtype)
         experience = jax.tree.map(own, experience)
-        num_devices, num_updates, *_, num_agents, num_actions = experience[
-            "legal_action_mask"
-        ].shape
+        mask = experience["legal_action_mask"]
+        num_devices, num_updates, *_, num_agents, num_actions = mask.shape
         packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
         self.metadata = {
             **dataclasses.asdict(config),
