@@ -64,8 +64,8 @@ class WalkState(NamedTuple):
 class Walk(Environment):
     """Two agents on a line, which actions 0, 1 and 2 lead left, nowhere and right.
 
-    An episode terminates when the first agent reaches 3, and is cut off when the other reaches -3
-    or at the time limit.  One feature is random, so that no two steps are alike.
+    An episode terminates when the first agent reaches 3 or the other -3, and is cut off at the
+    time limit.  One feature is random, so that no two steps are alike.
     """
 
     time_limit = 10
@@ -84,8 +84,8 @@ class Walk(Environment):
     def step(self, state, action):
         position = state.position + action - 1
         state = WalkState(position, state.step_count + 1, state.key)
-        terminated = position[0] >= 3
-        truncated = (position[1] <= -3) | (state.step_count >= self.time_limit)
+        terminated = (position[0] >= 3) | (position[1] <= -3)
+        truncated = state.step_count >= self.time_limit
         return state, restart(self.observe(state)).replace(
             step_type=jnp.where(terminated | truncated, StepType.LAST, StepType.MID),
             reward=2 - jnp.abs(position).astype(jnp.float32),
