@@ -880,17 +880,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def make_vault(path: Path, experience: Any, chunk_length: int, metadata: dict[str, Any]) -> Vault:
     """Create a vault at `path`, with zstd: three times as fast as Flashbax's gzip, and smaller.
 
-    Leaves are (D * NU * UB * NE, any, ...), arrays or shapes, and chunks `chunk_length` timesteps
-    long, best a divisor of what each write brings: otherwise later writes code them again.
+    It is for leaves (rows, any, ...), arrays or shapes, in chunks of `chunk_length` timesteps.
+    That should divide what each write brings: otherwise the next one codes the last chunk again.
     """
 
     class NewVault(Vault):
         def _init_leaf(self, name, shape, dtype, create_ds):
             spec = self._get_base_spec(name)
-            # A write stores anew the nodes of the index that it changes, by default of up to 8 MB.
+            # A write stores anew each node of the index that it changes: by default, of up to 8 MB.
             spec["kvstore"]["config"] = {"max_decoded_node_bytes": 2**12}
             num_rows = min(shape[0], max(1, 2**22 // (chunk_length * math.prod(shape[2:]))))
-            chunks = [num_rows, chunk_length, *shape[2:]]  # of at most 16 MB of float32
+            chunks = [num_rows, chunk_length, *shape[2:]]  # some 16 MB of float32, or one row
             spec["metadata"] = {"compressor": {"id": "zstd", "level": 1}, "chunks": chunks}
             shape = (shape[0], TIME_AXIS_MAX_LENGTH, *shape[2:])
             return tensorstore.open(spec, dtype=dtype, shape=shape, create=create_ds).result()
