@@ -464,10 +464,16 @@ def disarm(state, timestep):
     )
 
 
-def blind(state, timestep, **parts):
+def blind(state, timestep):
     """A mistake, or at least rare: all episodes begin with the same observation."""
     seen = timestep.observation
     return state, timestep.replace(observation=seen._replace(agents_view=0 * seen.agents_view))
+
+
+def total(state, timestep):
+    """A mistake: the global state is one number, not an array of features."""
+    seen = timestep.observation
+    return state, timestep.replace(observation=seen._replace(global_state=state.position.sum()))
 
 
 swap = lambda state, timestep: (timestep, state)
@@ -488,12 +494,7 @@ MISTAKES = {
     "reward": (with_step(reward=jnp.zeros(3)), r"reward of Walk has the shapes .*\(3,\).*, not"),
     "rewards": (with_step(reward={"a": 0.0}), "reward of Walk has the shapes .*None.*, not"),
     "step_type": (with_step(step_type=jnp.zeros(2, int)), "step_type of Walk has the shapes"),
-    "global_state": (
-        with_step(
-            observation=ippo.Observation(jnp.zeros((2, 3), int), jnp.ones((2, 3), bool), 0.0)
-        ),
-        r"observation.global_state of Walk is None after reset, but float32\(\) after step",
-    ),
+    "global_state": (changed(total, total), r"the global_state of Walk is not of shape \(S,\)"),
     "state": (changed(step=later), r"state.step_count of Walk is int32\(\) after .* float32\(\)"),
     "observation": (
         with_step(observation=ippo.Observation(jnp.zeros((2, 4)), jnp.ones((2, 3), bool))),
