@@ -35,16 +35,13 @@ mean over all batches and devices.
 import builtins
 import contextlib
 import dataclasses
-import datetime
 import fcntl
 import functools
 import importlib.metadata
 import importlib.util
-import io
 import json
 import math
 import os
-import re
 import secrets
 import signal
 import sys
@@ -55,9 +52,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin
+from typing import NamedTuple
 from unittest import mock
 
+import chex
 import distrax
 import flashbax as fbx
 import flax.linen as nn
@@ -72,6 +70,7 @@ from flashbax.buffers.trajectory_buffer import TrajectoryBuffer, TrajectoryBuffe
 from flashbax.vault.vault import TIME_AXIS_MAX_LENGTH, Vault
 from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.training.train_state import TrainState
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -108,7 +107,7 @@ class ArchConfig:
 
     num_envs: int = 16  # environments in each of the system.update_batch_size batches (NE)
     num_evaluation: int = 200  # evaluations, evenly spaced over training (E)
-    num_eval_episodes: int = 32  # episodes per evaluation, a multiple of the number of devices
+    num_eval_episodes: int = 32  # episodes per evaluation
     num_absolute_metric_eval_episodes: int = 320  # episodes for the absolute metric
     absolute_metric: bool = True  # evaluate the best parameters at the end, as marl-eval needs it
     evaluation_greedy: bool = False  # evaluate the most probable action instead of a sampled one
@@ -171,19 +170,28 @@ class ConfigError(ValueError):
     """A run that cannot be started as it is configured; one line says what to change."""
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str):
     """Raise a `ConfigError` with `message` unless `condition`."""
     if not condition:
         raise ConfigError(message)
 
 
-# Several processes find each other before one touches a device, as importing Jumanji does.
+class Entries(dict):
+    """A dictionary that tells all its names where it is asked for another one."""
+
+    def __missing__(self, name):
+        raise ConfigError(f"there is no {name!r}: there are {', '.join(self)}")
+
+
+# Several processes find each other before one uses a device, as the import of Jumanji does.
 if "--arch.distributed" in sys.argv and not jax.distributed.is_initialized():
     arch = tyro.cli(Config).arch
-    this_process = (arch.coordinator_address, arch.num_processes, arch.process_id)
-    jax.distributed.initialize(*this_process, heartbeat_timeout_seconds=30)
+    jax.distributed.initialize(
+        arch.coordinator_address, arch.num_processes, arch.process_id, heartbeat_timeout_seconds=30
+    )
 
-# The backends of matplotlib that Jumanji and notebooks choose may not be installed.
+# In a notebook, Jumanji switches matplotlib to a backend that may not be installed: hide the
+# notebook from it.  A process that a notebook starts inherits such a backend: forget it.
 with mock.patch.object(builtins, "__IPYTHON__", False, create=True), mock.patch.dict(os.environ):
     if importlib.util.find_spec("matplotlib_inline") is None:
         os.environ.pop("MPLBACKEND", None)
@@ -195,7 +203,13 @@ with mock.patch.object(builtins, "__IPYTHON__", False, create=True), mock.patch.
     from jumanji.types import TimeStep
     from jumanji.wrappers import Wrapper
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+
+
+def log(message: str):
+    """Print a line; of several processes, the first alone does."""
+    if jax.process_index() == 0:
+        tqdm.write(message)  # above the progress bar
+        sys.stdout.flush()  # a log file shows how far it is
 
 
 def gather(tree: ArrayTree) -> ArrayTree:
@@ -207,32 +221,40 @@ def gather(tree: ArrayTree) -> ArrayTree:
 class Task(NamedTuple):
     """What a scenario is made of."""
 
-    make: Callable[[int], Environment]  # of the time limit
+    make: Callable  # of the time limit
     time_limit: int  # timesteps, by default
     marl_eval_name: str  # marl-eval's name of the family
     og_marl_name: str  # OG-MARL's name of the family
-    actions: tuple[str, ...] = ()  # for the pictures; by default numbers
-    extra_leaves: tuple[str, ...] = ("truncation",)  # recorded by default
-    scenario: str = ""
+    actions: tuple = ()  # for the pictures; by default numbers
+    extra_leaves: tuple = ("truncation",)  # recorded by default
 
 
 def warehouse_task(**size: int) -> Task:
     """A RobotWarehouse, whose vault is the original's: no leaf but `done` tells of an end."""
     size = {"shelf_columns": 3, "column_height": 8, "sensor_range": 1, **size}
-    make = lambda time_limit: Warehouse(rware.RandomGenerator(**size), time_limit)
-    actions = ("noop", "forward", "left", "right", "toggle load")
-    return Task(make, 500, "RobotWarehouse", "rware", actions, extra_leaves=())
+    return Task(
+        make=lambda time_limit: CutOffWrapper(Warehouse(rware.RandomGenerator(**size), time_limit)),
+        time_limit=500,
+        marl_eval_name="RobotWarehouse",
+        og_marl_name="rware",
+        actions=("noop", "forward", "left", "right", "toggle load"),
+        extra_leaves=(),
+    )
 
 
 def lbf_task(**size: int) -> Task:
     """A LevelBasedForaging."""
-    make = lambda time_limit: Foraging(lbf.RandomGenerator(**size), time_limit=time_limit)
-    actions = ("noop", "up", "down", "left", "right", "load")
-    return Task(make, 100, "LevelBasedForaging", "lbf", actions)
+    return Task(
+        make=lambda time_limit: Foraging(lbf.RandomGenerator(**size), time_limit=time_limit),
+        time_limit=100,
+        marl_eval_name="LevelBasedForaging",
+        og_marl_name="lbf",
+        actions=("noop", "up", "down", "left", "right", "load"),
+    )
 
 
 # To add a task is to add an entry.  "2s" sees 2 cells far (`fov`), the others the whole grid.
-TASKS: dict[str, Task] = {
+TASKS = {
     "tiny-2ag": warehouse_task(shelf_rows=1, num_agents=2, request_queue_size=2),
     "tiny-4ag": warehouse_task(shelf_rows=1, num_agents=4, request_queue_size=4),
     "tiny-4ag-easy": warehouse_task(shelf_rows=1, num_agents=4, request_queue_size=8),
@@ -247,25 +269,25 @@ TASKS: dict[str, Task] = {
 }
 
 
-def find_task(config: EnvConfig, env: Environment | None = None) -> Task:
-    """The task, by name or of your own environment; a `ConfigError` where there is no such task."""
+def find_task(scenario: str, env: Environment | None = None) -> Task:
+    """The task of that name, or that of your own environment; else a `ConfigError`."""
     if env is None:
-        name, names = config.scenario, ", ".join(TASKS)
-        require(name in TASKS, f"env.scenario {name!r} is unknown: choose one of {names}")
-        return TASKS[name]._replace(scenario=name)
+        return Entries(TASKS)[scenario]
     name = type(env).__name__
-    limit = f"env.time_limit is {config.time_limit}, but that of {name} {env.time_limit}"
-    require(config.time_limit in (None, env.time_limit), limit)
-    scenario = name if config.scenario in TASKS else config.scenario
-    return Task(lambda _: env, int(env.time_limit), name, name.lower(), scenario=scenario)
+    return Task(
+        make=lambda time_limit: env,
+        time_limit=env.time_limit,
+        marl_eval_name=name,
+        og_marl_name=name.lower(),
+    )
 
 
 def make_env(
-    config: EnvConfig, add_agent_id: bool = True, env: Environment | None = None
+    scenario: str, time_limit: int | None = None, add_agent_id: bool = True
 ) -> Environment:
-    """One environment of the task, without auto-reset; raises what `find_task` does."""
-    task = find_task(config, env)
-    return AgentWrapper(task.make(config.time_limit or task.time_limit), add_agent_id)
+    """One environment of a task, without auto-reset; raises what `find_task` does."""
+    task = find_task(scenario)
+    return AgentWrapper(task.make(time_limit or task.time_limit), add_agent_id)
 
 
 class Observation(NamedTuple):
@@ -280,30 +302,48 @@ class AgentWrapper(Wrapper):
     """Gives each agent its `Observation` (N, .), reward and discount (N,) float32, as in Mava."""
 
     def __init__(self, env: Environment, add_agent_id: bool):
-        self._env, self.add_agent_id = env, add_agent_id
+        self._env = env
+        self.add_agent_id = add_agent_id
 
     def reset(self, key: PRNGKey) -> tuple[State, TimeStep]:
-        return self._per_agent(*self._env.reset(key))
+        state, timestep = self._env.reset(key)
+        return state, self._per_agent(timestep)
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:  # (N,) int32
-        return self._per_agent(*self._env.step(state, action))
+        state, timestep = self._env.step(state, action)
+        return state, self._per_agent(timestep)
 
-    def _per_agent(self, state: State, timestep: TimeStep) -> tuple[State, TimeStep]:
-        to_float = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
-        view = to_float(timestep.observation.agents_view)
+    def _per_agent(self, timestep):
+        observation = timestep.observation
+        view = observation.agents_view
+        num_agents = len(view)
         if self.add_agent_id:
-            view = jnp.concatenate([jnp.eye(len(view), dtype=view.dtype), view], axis=1)
-        mask = getattr(timestep.observation, "action_mask", None)
-        if mask is None:  # all actions that an agent has are legal
-            with jax.ensure_compile_time_eval():  # the specification would be traced, too
-                num_actions = np.asarray(self._env.action_spec.num_values)  # (N,)
-            mask = jnp.arange(num_actions.max()) < num_actions.reshape(-1, 1)
-            mask = jnp.broadcast_to(mask, (len(view), mask.shape[1]))
-        global_state = to_float(getattr(timestep.observation, "global_state", None))
-        seen = {"observation": Observation(view, mask.astype(bool), global_state), "extras": {}}
-        for name in ("reward", "discount"):  # what the team has in common is that of each agent
-            seen[name] = to_float(jnp.broadcast_to(getattr(timestep, name), len(view)))
-        return state, timestep.replace(**seen)
+            view = jnp.hstack([jnp.eye(num_agents), view])
+        mask = getattr(observation, "action_mask", None)
+        if mask is None:
+            mask = self._all_actions(num_agents)
+        global_state = getattr(observation, "global_state", None)
+        to_float = lambda x: None if x is None else x.astype(jnp.float32)
+        # What the team has in common is that of each agent.
+        reward = jnp.broadcast_to(timestep.reward, num_agents)
+        discount = jnp.broadcast_to(timestep.discount, num_agents)
+        return timestep.replace(
+            observation=Observation(to_float(view), mask.astype(bool), to_float(global_state)),
+            reward=to_float(reward),
+            discount=to_float(discount),
+        )
+
+    def _all_actions(self, num_agents):
+        """The mask (N, A) where all actions that an agent has are legal."""
+        spec = getattr(self._env, "action_spec", None)
+        require(
+            hasattr(spec, "num_values"),
+            f"{type(self._env).__name__} has no action_mask in its observation, nor an "
+            "action_spec of discrete actions",
+        )
+        with jax.ensure_compile_time_eval():  # under `jit`, the specification would be traced
+            num_actions = np.broadcast_to(spec.num_values, num_agents)
+        return jnp.arange(num_actions.max()) < num_actions[:, None]
 
 
 class EpisodeMetrics(NamedTuple):
@@ -338,20 +378,22 @@ def step_environment(
     The timestep is what the step led to, also where it ended: only the state is of the new episode.
     """
     state, timestep = env.step(env_state.state, action)
-    before, done = env_state.metrics, timestep.last()
-    episode_return = jnp.where(before.done, 0, before.episode_return) + timestep.reward.mean()
-    episode_length = jnp.where(before.done, 0, before.episode_length) + 1
+    done, last = timestep.last(), env_state.metrics
+    metrics = EpisodeMetrics(
+        episode_return=jnp.where(last.done, 0, last.episode_return) + timestep.reward.mean(),
+        episode_length=jnp.where(last.done, 0, last.episode_length) + 1,
+        done=done,
+    )
 
     def reset(key):
-        state, timestep = env.reset(jax.random.split(key)[0])
+        state, timestep = env.reset(jax.random.split(key)[0])  # the first of two keys, as in Mava
         return state, timestep.observation
 
     state, observation = rare_cond(done, reset, (state, timestep.observation), state.key)
-    metrics = EpisodeMetrics(episode_return, episode_length, done)
     return EnvState(state, observation, metrics), timestep
 
 
-def rare_cond(condition: Array, function: Callable, default: Any, *operands: Any) -> Any:
+def rare_cond(condition: Array, function: Callable, default: ArrayTree, *operands: ArrayTree):
     """`function(*operands)` where `condition` holds, else `default`: a cheap `cond` under `vmap`.
 
     Under `vmap` a `lax.cond` becomes a select: both branches run for every row.  Here the few rows
@@ -364,16 +406,15 @@ def rare_cond(condition: Array, function: Callable, default: Any, *operands: Any
 
     @branch.def_vmap
     def branch_batch(size, in_batched, *arguments):
-        batch = lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *jnp.shape(x)))
+        batch = lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *x.shape))
         condition, default, operands = jax.tree.map(batch, arguments, tuple(in_batched))
         chunk = min(size, max(8, size // 64))
 
         def map_chunk(carry):
-            condition, result = carry
-            (rows,) = jnp.nonzero(condition, size=chunk, fill_value=size)  # `size` is no row
+            (rows,) = jnp.nonzero(carry[0], size=chunk, fill_value=size)  # `size` is no row
             mapped = jax.vmap(function)(*jax.tree.map(lambda x: x[rows], operands))
-            result = jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), result, mapped)
-            return condition.at[rows].set(False, mode="drop"), result
+            new = (jnp.zeros(chunk, bool), mapped)  # of these rows, `condition` is done with
+            return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), carry, new)
 
         _, result = jax.lax.while_loop(lambda x: x[0].any(), map_chunk, (condition, default))
         return result, jax.tree.map(lambda _: True, result)
@@ -381,19 +422,26 @@ def rare_cond(condition: Array, function: Callable, default: Any, *operands: Any
     return branch(condition, default, operands)
 
 
-class Warehouse(RobotWarehouse):
-    """Jumanji's RobotWarehouse, step for step, but for the discount at the time limit: 1, not 0.
+class CutOffWrapper(Wrapper):
+    """Makes the discount 1 where the time limit ended the episode; Jumanji says 0 there.
 
-    It draws a new request only where a shelf arrived.  Deliveries are rare, yet under `vmap`
-    Jumanji draws one for every goal, environment and step: four fifths of its time.
+    The discount then is 0 only at a terminal state, past which there is nothing to bootstrap.
     """
 
     def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
-        state, timestep = super().step(state, action)
-        truncated = state.step_count >= self.time_limit
-        return state, timestep.replace(discount=jnp.where(truncated, 1.0, timestep.discount))
+        state, timestep = self._env.step(state, action)
+        is_cut_off = state.step_count >= self.time_limit
+        return state, timestep.replace(discount=jnp.where(is_cut_off, 1.0, timestep.discount))
 
-    def _update_reward_and_request_queue(self, *arguments: Any) -> tuple[Any, Any, Any, Any]:
+
+class Warehouse(RobotWarehouse):
+    """Jumanji's RobotWarehouse, step for step, which draws new requests only after a delivery.
+
+    Deliveries are rare, yet under `vmap` Jumanji draws one request for every goal, environment and
+    step: four fifths of its time.
+    """
+
+    def _update_reward_and_request_queue(self, *arguments):
         key, reward, request_queue, grid, shelves, (column, row) = arguments
         delivered = (request_queue + 1 == grid[constants._SHELVES, row, column]).any()
         update = super()._update_reward_and_request_queue
@@ -403,9 +451,8 @@ class Warehouse(RobotWarehouse):
 class Foraging(LevelBasedForaging):
     """Jumanji's LevelBasedForaging, whose reward is the team's, summed over the agents."""
 
-    def get_reward(self, *food: Any) -> Array:  # (N,) float32
-        reward = super().get_reward(*food)
-        return jnp.broadcast_to(reward.sum(), reward.shape)
+    def get_reward(self, *food):  # () float32
+        return super().get_reward(*food).sum()
 
 
 # ---- NETWORKS ------------------------------------------------------------------------------------
@@ -414,7 +461,7 @@ class Layers(nn.Module):
 
     sizes: tuple[int, ...]
     gain: float = math.sqrt(2)
-    activation: Callable[[Array], Array] = nn.relu
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -426,6 +473,7 @@ class Layers(nn.Module):
         return x
 
 
+# The names of the layers are Mava's: Flax draws the initial weights by the names.
 class Actor(nn.Module):
     """Logits (..., N, A) of the agents' shared policy, float32's smallest for illegal actions."""
 
@@ -452,18 +500,27 @@ class Critic(nn.Module):
 
 
 def init_networks(
-    config: Config, observation: Observation, key: PRNGKey
+    network: NetworkConfig,
+    observation: Observation,
+    key: PRNGKey,
+    actor_lr: float = 2.5e-4,
+    critic_lr: float = 2.5e-4,
+    max_grad_norm: float = 0.5,
 ) -> tuple[TrainState, TrainState]:
     """The actor and the critic, each with its optimiser: Adam after clipping by the global norm."""
 
     def init(network, learning_rate):
-        clip = optax.clip_by_global_norm(config.system.max_grad_norm)
-        optimiser = optax.chain(clip, optax.adam(learning_rate, eps=1e-5))
-        params = network.init(key, observation)
+        optimiser = optax.chain(
+            optax.clip_by_global_norm(max_grad_norm),
+            optax.adam(learning_rate, eps=1e-5),
+        )
+        params = network.init(key, observation)  # one key for both networks, as in Mava
         return TrainState.create(apply_fn=network.apply, params=params, tx=optimiser)
 
-    actor = init(Actor(config.network.actor_layer_sizes), config.system.actor_lr)
-    return actor, init(Critic(config.network.critic_layer_sizes), config.system.critic_lr)
+    return (
+        init(Actor(network.actor_layer_sizes), actor_lr),
+        init(Critic(network.critic_layer_sizes), critic_lr),
+    )
 
 
 # ---- ROLLOUT -------------------------------------------------------------------------------------
@@ -478,7 +535,7 @@ def act(actor: TrainState, observation: Observation, keys: PRNGKey, greedy: bool
 
 
 class Transition(NamedTuple):
-    """One step of environments.  What the network says of it is None until `update` computes it."""
+    """One step of environments; `update` adds what the networks say of it."""
 
     done: Array  # (..., N) bool, the step ended the episode, for whatever reason
     action: Array  # (..., N) int32
@@ -493,23 +550,34 @@ class Transition(NamedTuple):
 
 def rollout(
     env: Environment, actor: TrainState, keys: PRNGKey, env_state: EnvState, rollout_length: int
-) -> tuple[tuple[PRNGKey, EnvState], Transition]:
+) -> tuple[tuple, Transition]:
     """Act with the policy for T = `rollout_length` timesteps, as Anakin does (Hessel et al., 2021).
 
     Returns the new keys (UB, 2) and states (UB * NE, ...), and transitions (T, UB * NE, ...).
     """
 
-    def step(carry, _):
+    def env_step(carry, _):
         keys, env_state = carry
-        keys, policy_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+
+        # SELECT ACTION
+        keys, policy_keys = jax.vmap(jax.random.split, out_axes=1)(keys)  # each (UB, 2)
         observation = env_state.observation
         action = act(actor, observation, policy_keys)
-        env_state, timestep = jax.vmap(functools.partial(step_environment, env))(env_state, action)
-        done = jnp.broadcast_to(timestep.last()[:, None], action.shape)
-        outcome = timestep.reward, timestep.discount, observation, timestep.observation
-        return (keys, env_state), Transition(done, action, *outcome, env_state.metrics)
 
-    return jax.lax.scan(step, (keys, env_state), None, rollout_length)
+        # STEP ENVIRONMENT
+        env_state, timestep = jax.vmap(functools.partial(step_environment, env))(env_state, action)
+        transition = Transition(
+            done=jnp.broadcast_to(timestep.last()[:, None], action.shape),
+            action=action,
+            reward=timestep.reward,
+            discount=timestep.discount,
+            observation=observation,
+            next_observation=timestep.observation,
+            metrics=env_state.metrics,
+        )
+        return (keys, env_state), transition
+
+    return jax.lax.scan(env_step, (keys, env_state), None, rollout_length)
 
 
 # ---- ADVANTAGE -----------------------------------------------------------------------------------
@@ -537,12 +605,12 @@ def calculate_advantage(
 # ---- LOSSES --------------------------------------------------------------------------------------
 def actor_loss(
     params: ArrayTree,
-    apply: Callable[..., Array],
+    apply: Callable,
     transition: Transition,
     advantage: Array,
     clip_eps: float,
     ent_coef: float,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, ArrayTree]:
     """PPO's clipped objective (Schulman et al., 2017), less the entropy bonus.
 
     `transition` and the normalised `advantage` are of (..., N).  Returns the loss, and its two
@@ -558,12 +626,12 @@ def actor_loss(
 
 def critic_loss(
     params: ArrayTree,
-    apply: Callable[..., Array],
+    apply: Callable,
     transition: Transition,
     target: Array,
     clip_eps: float,
     vf_coef: float,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, ArrayTree]:
     """Squared error of the value, or of the value clipped around the old one where that is larger.
 
     `transition` and the lambda-returns `target` are of (..., N).  Returns the loss, and the same
@@ -603,57 +671,80 @@ class LearnerState(NamedTuple):
 STATE_SPECS = LearnerState(actor=REPLICATED, critic=REPLICATED, keys=SHARDED, env_state=SHARDED)
 
 
-def init_learner(
-    key: PRNGKey, params_key: PRNGKey, env: Environment, config: Config, mesh: Mesh
-) -> LearnerState:
-    """The initial state on the mesh's devices: both networks by `params_key`, the rest by `key`."""
-    num_batches = mesh.size * config.system.update_batch_size
+def init_learner(key: PRNGKey, config: Config, env: Environment, mesh: Mesh) -> LearnerState:
+    """The initial state on the mesh's devices, from the key of the run's seed."""
+    system = config.system
+    num_batches = mesh.size * system.update_batch_size
 
-    def init(key, params_key):
+    def init(key):
+        # The keys are split as Mava splits them: the same seed then records the same data.
+        key, _, params_key = jax.random.split(key, 3)
         keys = jax.random.split(key, num_batches * config.arch.num_envs + 1)
         policy_keys = jax.random.split(keys[0], num_batches + 1)[1:]
         env_state = reset_environments(env, jax.vmap(jax.random.split)(keys[1:])[:, 1])
-        # With a dtype of their own also where an environment puts Python's numbers into its state.
-        env_state = jax.tree.map(lambda x: x.astype(x.dtype), env_state)
-        actor, critic = init_networks(config, env_state.observation, params_key)
+        actor, critic = init_networks(
+            config.network,
+            env_state.observation,
+            params_key,
+            actor_lr=system.actor_lr,
+            critic_lr=system.critic_lr,
+            max_grad_norm=system.max_grad_norm,
+        )
         return LearnerState(actor, critic, policy_keys, env_state)
 
     # Placed as `learn` places its outputs: otherwise its second call would compile it again.
     shardings = LearnerState(*(NamedSharding(mesh, spec) for spec in STATE_SPECS))
-    return jax.jit(init, out_shardings=shardings)(key, params_key)
+    return jax.jit(init, out_shardings=shardings)(key)
 
 
 def update_minibatch(
     actor: TrainState, critic: TrainState, batch: tuple, indices: Array, config: SystemConfig
-) -> tuple[tuple[TrainState, TrainState], dict[str, Array]]:
+) -> tuple[tuple, ArrayTree]:
     """One step of both optimisers, along the gradient's mean over UB and over the devices.
 
     `batch` holds transitions, advantages and lambda-returns of the rollout, (T * UB * NE, N, ...),
     and `indices` (UB, M) those of the minibatch.  Returns also the losses, each () float32.
     """
     transition, advantage, target = jax.tree.map(lambda x: x[indices], batch)  # (UB, M, N, ...)
-    mean = advantage.mean(axis=(1, 2), keepdims=True)  # each batch by itself
-    advantage = (advantage - mean) / (advantage.std(axis=(1, 2), keepdims=True) + 1e-8)
+    # Each of the UB batches is normalised by itself.
+    mean = advantage.mean(axis=(1, 2), keepdims=True)
+    std = advantage.std(axis=(1, 2), keepdims=True)
+    advantage = (advantage - mean) / (std + 1e-8)
 
-    # The mean of the batches' gradients is the gradient of their mean loss: one copy of the
-    # parameters and one matrix product serve them all.
+    # GRADIENTS of the mean loss of the UB batches, which are the mean of their gradients: one copy
+    # of the parameters and one matrix product serve them all
     actor_grads, actor_losses = jax.grad(actor_loss, has_aux=True)(
-        actor.params, actor.apply_fn, transition, advantage, config.clip_eps, config.ent_coef
+        actor.params,
+        actor.apply_fn,
+        transition,
+        advantage,
+        config.clip_eps,
+        config.ent_coef,
     )
     critic_grads, critic_losses = jax.grad(critic_loss, has_aux=True)(
-        critic.params, critic.apply_fn, transition, target, config.clip_eps, config.vf_coef
+        critic.params,
+        critic.apply_fn,
+        transition,
+        target,
+        config.clip_eps,
+        config.vf_coef,
     )
-    gradients = actor_grads, critic_grads, {**actor_losses, **critic_losses}
-    # One message for all arrays, behind a barrier: two CPU devices learn 8 % faster, one 2 %.
-    flat, unravel = ravel_pytree(jax.lax.optimization_barrier(gradients))
-    actor_grads, critic_grads, losses = unravel(jax.lax.pmean(flat, axis_name="device"))
+
+    # MEAN OVER THE DEVICES.  All arrays go as one, behind a barrier: two CPU devices then learn 8 %
+    # faster, one 2 %.
+    means = (actor_grads, critic_grads, actor_losses | critic_losses)
+    flat, unravel = ravel_pytree(jax.lax.optimization_barrier(means))
+    actor_grads, critic_grads, losses = unravel(jax.lax.pmean(flat, "device"))
+
+    # STEP
     actor = actor.apply_gradients(grads=actor_grads)
-    return (actor, critic.apply_gradients(grads=critic_grads)), losses
+    critic = critic.apply_gradients(grads=critic_grads)
+    return (actor, critic), losses
 
 
 def update(
     state: LearnerState, env: Environment, config: SystemConfig
-) -> tuple[LearnerState, tuple[Transition, dict[str, Array]]]:
+) -> tuple[LearnerState, Transition, ArrayTree]:
     """One update of independent PPO, as in Mava, on one device.
 
     Returns also the transitions, (T, UB * NE, ...), and the mean losses, each () float32.
@@ -662,72 +753,91 @@ def update(
 
     # ROLLOUT
     (keys, env_state), transitions = rollout(env, actor, keys, env_state, config.rollout_length)
-
-    # ADVANTAGE.  Choosing an action needs neither its value nor its log-probability: here they are
-    # computed for the whole rollout at once.
+    # The rollout needs no values and no log-probabilities: one call computes them all at once.
     policy = distrax.Categorical(actor.apply_fn(actor.params, transitions.observation))
-    log_prob = policy.log_prob(transitions.action)
-    value = critic.apply_fn(critic.params, transitions.observation)
-    transitions = transitions._replace(log_prob=log_prob, value=value)
+    transitions = transitions._replace(
+        log_prob=policy.log_prob(transitions.action),
+        value=critic.apply_fn(critic.params, transitions.observation),
+    )
     if not config.learn:
-        return LearnerState(actor, critic, keys, env_state), (transitions, {})
-    last_value = critic.apply_fn(critic.params, env_state.observation)
+        return LearnerState(actor, critic, keys, env_state), transitions, {}
+
+    # ADVANTAGE
     advantage, target = calculate_advantage(
-        transitions.reward, transitions.done, value, last_value, config.gamma, config.gae_lambda
+        transitions.reward,
+        transitions.done,
+        transitions.value,
+        critic.apply_fn(critic.params, env_state.observation),
+        config.gamma,
+        config.gae_lambda,
     )
 
-    # MINIBATCHES: each of the UB batches shuffles the positions of its own transitions
-    num_batches = config.update_batch_size
-    flatten = lambda x: x.reshape(-1, *x.shape[2:])  # (T, UB * NE, ...) -> (T * UB * NE, ...)
+    # MINIBATCHES are drawn from all transitions, (T, UB * NE, ...) -> (T * UB * NE, ...)
+    flatten = lambda x: x.reshape(-1, *x.shape[2:])
     batch = jax.tree.map(flatten, (transitions, advantage, target))
-    position = jnp.arange(len(batch[1])).reshape(config.rollout_length, num_batches, -1)
-    position = position.swapaxes(0, 1).reshape(num_batches, -1)  # (T, UB, NE) -> (UB, T * NE)
-    split = lambda keys, _: tuple(jax.vmap(jax.random.split, out_axes=1)(keys))
-    keys, shuffle_keys = jax.lax.scan(split, keys, None, config.ppo_epochs)
-    indices = jax.vmap(jax.vmap(jax.random.permutation), (0, None))(shuffle_keys, position)
-    # (epochs, UB, minibatches * M) -> (epochs * minibatches, UB, M)
-    indices = indices.reshape(config.ppo_epochs, num_batches, config.num_minibatches, -1)
-    indices = indices.swapaxes(1, 2).reshape(-1, num_batches, indices.shape[-1])
+    # Where the transitions of each of the UB batches are: (T, UB, NE) -> (UB, T * NE)
+    num_batches = config.update_batch_size
+    positions = jnp.arange(len(batch[1])).reshape(config.rollout_length, num_batches, -1)
+    positions = positions.swapaxes(0, 1).reshape(num_batches, -1)
 
-    # UPDATE
-    step = lambda networks, indices: update_minibatch(*networks, batch, indices, config)
-    (actor, critic), losses = jax.lax.scan(step, (actor, critic), indices)
-    losses = jax.tree.map(jnp.mean, losses)
-    return LearnerState(actor, critic, keys, env_state), (transitions, losses)
+    def update_epoch(carry, _):
+        actor, critic, keys = carry
+        keys, shuffle_keys = jax.vmap(jax.random.split, out_axes=1)(keys)  # each (UB, 2)
+        shuffled = jax.vmap(jax.random.permutation)(shuffle_keys, positions)
+        # (UB, minibatches * M) -> (minibatches, UB, M)
+        minibatches = shuffled.reshape(num_batches, config.num_minibatches, -1).swapaxes(0, 1)
+        step = lambda networks, indices: update_minibatch(*networks, batch, indices, config)
+        (actor, critic), losses = jax.lax.scan(step, (actor, critic), minibatches)
+        return (actor, critic, keys), losses
+
+    (actor, critic, keys), losses = jax.lax.scan(
+        update_epoch, (actor, critic, keys), length=config.ppo_epochs
+    )
+    state = LearnerState(actor, critic, keys, env_state)
+    return state, transitions, jax.tree.map(jnp.mean, losses)
 
 
 class LearnerOutput(NamedTuple):
     """What one call of `learn` returns."""
 
     state: LearnerState  # for the next call
-    experience: dict[str, Array]  # leaves (D, NU, UB, T, NE, ...)
+    experience: ArrayTree  # leaves (D, NU, UB, T, NE, ...)
     metrics: EpisodeMetrics  # of the training episodes, (D, NU, UB, T, NE)
-    losses: dict[str, Array]  # (NU,) float32, mean over devices, batches and minibatches
+    losses: ArrayTree  # (NU,) float32, mean over devices, batches and minibatches
     finite: Array  # (NU,) bool, no loss and no parameter is infinite or not a number
 
 
 def make_learn(
-    env: Environment, config: SystemConfig, num_updates: int, mesh: Mesh, extra_leaves: tuple
-) -> Callable[[LearnerState], LearnerOutput]:
-    """The learner of NU updates on each of the D devices, compiled at its first call."""
-    # (T, UB * NE, ...) -> (T, UB, NE, ...) -> (UB, T, NE, ...)
-    split = lambda x: x.reshape(len(x), config.update_batch_size, -1, *x.shape[2:]).swapaxes(0, 1)
+    env: Environment, config: SystemConfig, num_updates: int, mesh: Mesh, select: Callable
+) -> Callable:
+    """The learner of NU updates on each of the D devices, compiled at its first call.
 
-    def step(state, _):
-        state, (transitions, losses) = update(state, env, config)
-        finite = jnp.isfinite(ravel_pytree((losses, state.params))[0]).all()
-        experience = select_leaves(transitions, extra_leaves)
-        outputs = jax.tree.map(split, (experience, transitions.metrics))
-        return state, (*outputs, losses, finite)
+    It makes a `LearnerOutput` of a `LearnerState`.  `select`, such as `select_leaves`, says what is
+    recorded of a `Transition`.
+    """
+
+    def split_batches(x):  # (T, UB * NE, ...) -> (UB, T, NE, ...)
+        return x.reshape(len(x), config.update_batch_size, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    def update_step(state, _):
+        state, transitions, losses = update(state, env, config)
+        recorded = (select(transitions), transitions.metrics)
+        total = optax.tree.sum((losses, state.params))
+        return state, (jax.tree.map(split_batches, recorded), losses, jnp.isfinite(total))
 
     def learn(state):
-        state, (experience, metrics, *rest) = jax.lax.scan(step, state, None, num_updates)
-        experience, metrics = jax.tree.map(lambda x: x[None], (experience, metrics))  # D is 1 here
-        return LearnerOutput(state, experience, metrics, *rest)
+        state, (recorded, *rest) = jax.lax.scan(update_step, state, None, num_updates)
+        # Each device adds an axis of length 1: together they have D.
+        return LearnerOutput(state, *jax.tree.map(lambda x: x[None], recorded), *rest)
 
-    output_specs = LearnerOutput(STATE_SPECS, SHARDED, SHARDED, REPLICATED, REPLICATED)
-    specs = {"in_specs": (STATE_SPECS,), "out_specs": output_specs}
-    return jax.jit(jax.shard_map(learn, mesh=mesh, check_vma=False, **specs))
+    learn = jax.shard_map(
+        learn,
+        mesh=mesh,
+        in_specs=(STATE_SPECS,),
+        out_specs=LearnerOutput(STATE_SPECS, SHARDED, SHARDED, REPLICATED, REPLICATED),
+        check_vma=False,
+    )
+    return jax.jit(learn)
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
@@ -739,6 +849,10 @@ def evaluate(
     Returns their returns and lengths, (num_episodes,), done but for those past `env.time_limit`.
     """
 
+    def is_running(carry):
+        metrics = carry[1].metrics
+        return (~metrics.done & (metrics.episode_length < env.time_limit)).any()
+
     def step(carry):
         key, (state, observation, metrics) = carry
         key, policy_key = jax.random.split(key)
@@ -746,15 +860,17 @@ def evaluate(
         state, timestep = jax.vmap(env.step)(state, action)
         # An environment whose episode has ended is stepped on, but not counted.
         reward = jnp.where(metrics.done, 0.0, timestep.reward.mean(axis=-1))
-        episode_length = metrics.episode_length + ~metrics.done
-        done = metrics.done | timestep.last()
-        metrics = EpisodeMetrics(metrics.episode_return + reward, episode_length, done)
+        metrics = EpisodeMetrics(
+            episode_return=metrics.episode_return + reward,
+            episode_length=metrics.episode_length + ~metrics.done,
+            done=metrics.done | timestep.last(),
+        )
         return key, EnvState(state, timestep.observation, metrics)
 
     key, reset_key = jax.random.split(key)
     env_state = reset_environments(env, jax.random.split(reset_key, num_episodes))
-    going_on = lambda x: (~x[1].metrics.done & (x[1].metrics.episode_length < env.time_limit)).any()
-    return jax.lax.while_loop(going_on, step, (key, env_state))[1].metrics
+    _, env_state = jax.lax.while_loop(is_running, step, (key, env_state))
+    return env_state.metrics
 
 
 class Evaluation(NamedTuple):
@@ -769,56 +885,79 @@ class Evaluation(NamedTuple):
     losses: dict[str, float]  # mean since, of "actor_loss", "value_loss" and "entropy"
 
     def __str__(self) -> str:
-        means = {"episode return": self.episode_return.mean(), "length": self.episode_length.mean()}
-        parts = [f", {name} {value:.4g}" for name, value in {**means, **self.losses}.items()]
-        return f"step {self.step_count:,}: {self.steps_per_second:,.0f} steps/s{''.join(parts)}"
+        losses = "".join(f", {name} {loss:.4g}" for name, loss in self.losses.items())
+        return (
+            f"step {self.step_count:,}: {self.steps_per_second:,.0f} steps/s, "
+            f"episode return {self.episode_return.mean():.4g}, "
+            f"length {self.episode_length.mean():.4g}{losses}"
+        )
 
 
-def make_evaluate(
-    env: Environment, num_parallel: int, greedy: bool, mesh: Mesh
-) -> Callable[..., tuple[np.ndarray, EpisodeMetrics]]:
+def make_evaluate(env: Environment, num_parallel: int, greedy: bool, mesh: Mesh) -> Callable:
     """A function that evaluates an actor with a key (2,), `num_parallel` episodes at a time.
 
     It takes the number of episodes, too, and returns the next key, and the metrics on the host.
     """
-    part = lambda actor, keys: evaluate(env, actor, keys[0], num_parallel // mesh.size, greedy)
-    specs = {"in_specs": (REPLICATED, SHARDED), "out_specs": SHARDED}
-    evaluate_parts = jax.jit(jax.shard_map(part, mesh=mesh, check_vma=False, **specs))
+
+    def evaluate_on_device(actor, key):
+        keys = jax.random.split(key, mesh.size + 1)  # the next key, and one for each device
+        own_key = keys[1 + jax.lax.axis_index("device")]
+        return keys[0], evaluate(env, actor, own_key, math.ceil(num_parallel / mesh.size), greedy)
+
+    evaluate_in_parallel = jax.jit(
+        jax.shard_map(
+            evaluate_on_device,
+            mesh=mesh,
+            in_specs=REPLICATED,
+            out_specs=(REPLICATED, SHARDED),
+            check_vma=False,
+        )
+    )
 
     def evaluate_all(actor, key, num_episodes=num_parallel):
-        metrics = []
+        parts = []
         for _ in range(0, num_episodes, num_parallel):
-            key, *keys = np.asarray(jax.random.key_data(jax.random.split(key, mesh.size + 1)))
-            metrics.append(gather(evaluate_parts(actor, np.stack(keys))))
-            problem = f"an episode of {type(env._env).__name__} has not ended at its time_limit"
-            require(metrics[-1].done.all(), f"{problem}, {env.time_limit}")
-        return key, jax.tree.map(lambda *x: np.concatenate(x)[:num_episodes], *metrics)
+            key, metrics = evaluate_in_parallel(actor, key)
+            parts.append(gather(metrics))
+            require(
+                parts[-1].done.all(),
+                f"an episode has not ended at its environment's time_limit, {env.time_limit}",
+            )
+        return np.asarray(key), jax.tree.map(lambda *x: np.concatenate(x)[:num_episodes], *parts)
 
     return evaluate_all
 
 
 # ---- RECORDING -----------------------------------------------------------------------------------
-# The leaves of the vault, of which the last is not always there, and those that may be asked for.
-LEAVES = ("done", "action", "reward", "observation", "legal_action_mask", "global_state")
-EXTRA_LEAVES = ("next_observation", "log_prob", "value", "discount", "step_count", "truncation")
+def select_leaves(transition: Transition, extra_leaves: tuple = ()) -> ArrayTree:
+    """What is recorded of a transition, by name.
 
-
-def select_leaves(transition: Transition, extra_leaves: tuple[str, ...]) -> dict[str, Array]:
-    """What is recorded of a transition: `LEAVES`, and those named of `EXTRA_LEAVES`."""
-    step_count = transition.metrics.episode_length[..., None] - 1
+    `extra_leaves` are any of next_observation, log_prob, value, discount, step_count, truncation;
+    others are told by a `ConfigError`.
+    """
+    seen = transition.observation
     leaves = {
-        **transition._asdict(),
-        "observation": transition.observation.agents_view,
-        "legal_action_mask": transition.observation.action_mask,
-        "next_observation": transition.next_observation.agents_view,
-        "step_count": jnp.broadcast_to(step_count, transition.action.shape),
-        "global_state": transition.observation.global_state,
-        "truncation": transition.done & (transition.discount != 0).any(axis=-1, keepdims=True),
+        "done": transition.done,
+        "action": transition.action,
+        "reward": transition.reward,
+        "observation": seen.agents_view,
+        "legal_action_mask": seen.action_mask,
     }
-    return {name: leaves[name] for name in (*LEAVES, *extra_leaves) if leaves[name] is not None}
+    if seen.global_state is not None:
+        leaves["global_state"] = seen.global_state
+    step_count = transition.metrics.episode_length[..., None] - 1
+    extra = Entries(
+        next_observation=transition.next_observation.agents_view,
+        log_prob=transition.log_prob,
+        value=transition.value,
+        discount=transition.discount,
+        step_count=jnp.broadcast_to(step_count, transition.action.shape),
+        truncation=transition.done & (transition.discount != 0).any(axis=-1, keepdims=True),
+    )
+    return leaves | {name: extra[name] for name in extra_leaves}
 
 
-def reshape_experience(experience: dict[str, Array]) -> dict[str, Array]:
+def reshape_experience(experience: ArrayTree) -> ArrayTree:
     """Rows of consecutive timesteps, as a buffer wants them, of what the learner returns."""
     # (D, NU, UB, T, NE, ...) -> (D, NU, UB, NE, T, ...) -> (D * NU * UB * NE, T, ...)
     rows = lambda x: x.swapaxes(3, 4).reshape(-1, x.shape[3], *x.shape[5:])
@@ -826,40 +965,131 @@ def reshape_experience(experience: dict[str, Array]) -> dict[str, Array]:
 
 
 def make_buffer(num_rows: int, num_timesteps: int) -> TrajectoryBuffer:
-    """Flashbax's flat buffer, of `num_rows` rows of `num_timesteps` timesteps."""
-    lengths = {"max_length": num_rows * num_timesteps, "min_length": num_rows}
-    options = {"sample_batch_size": 1, "add_sequences": True, "add_batch_size": num_rows}
-    return fbx.make_flat_buffer(**lengths, **options)
+    """Flashbax's flat buffer, of `num_rows` rows of `num_timesteps` timesteps, at least two."""
+    return fbx.make_flat_buffer(
+        max_length=num_rows * max(2, num_timesteps),
+        min_length=num_rows,
+        sample_batch_size=1,
+        add_sequences=True,
+        add_batch_size=num_rows,
+    )
 
 
+def make_vault(
+    path: Path,
+    experience: ArrayTree,
+    chunk_length: int,
+    metadata: dict,
+) -> Vault:
+    """Create a vault at `path` for leaves (rows, any, ...), arrays or shapes.
+
+    It is compressed by zstd: three times as fast as Flashbax's gzip, and smaller.  A chunk has
+    `chunk_length` timesteps, which should divide what each write brings: otherwise the next write
+    codes the last chunk again.  Raises a FileExistsError where `path` exists.
+    """
+    path = Path(path).absolute()  # Flashbax would put "vaults" in front of another one
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another name")
+
+    class ZstdVault(Vault):
+        def _init_leaf(self, name, shape, dtype, create_ds):
+            rows, _, *rest = shape
+            chunk_rows = max(1, 2**22 // (chunk_length * math.prod(rest)))  # 16 MB of float32
+            spec = self._get_base_spec(name)
+            spec["metadata"] = {
+                "compressor": {"id": "zstd", "level": 1},
+                "chunks": [min(rows, chunk_rows), chunk_length, *rest],
+            }
+            # A write stores anew each node of the index that it changes: by default, of up to 8 MB.
+            spec["kvstore"]["config"] = {"max_decoded_node_bytes": 2**12}
+            return tensorstore.open(
+                spec,
+                dtype=dtype,
+                shape=(rows, TIME_AXIS_MAX_LENGTH, *rest),
+                create=create_ds,
+            ).result()
+
+    # Flashbax prints an advice that is for other buffers.
+    with mock.patch("flashbax.vault.vault.print", create=True):
+        return ZstdVault(str(path.parent), experience, vault_uid=path.name, metadata=metadata)
+
+
+def append_to_vault(vault: Vault, experience: ArrayTree, num_timesteps: int):
+    """Write the first timesteps of leaves (rows, any, ...) behind `vault.vault_index`."""
+    state = TrajectoryBufferState(experience=experience, current_index=0, is_full=False)
+    # In a thread: Flashbax starts an event loop, where a notebook's own is running.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(vault.write, state, source_interval=(0, num_timesteps)).result()
+
+
+class VaultWriter:
+    """A flat buffer of what is new, and the vault into which it is written.
+
+    In your own loop, for leaves (D, NU, UB, T, NE, ...), where D, NU and UB may be 1:
+
+        rows = jax.eval_shape(reshape_experience, experience)
+        writer = VaultWriter(make_vault(path, rows, T, metadata), rows)
+        writer.add(experience)
+        writer.write()
+    """
+
+    def __init__(self, vault: Vault, rows: ArrayTree, num_adds: int = 1):
+        """For rows (D * NU * UB * NE, T, ...), of which `num_adds` are added between two writes."""
+        num_rows, rollout_length = jax.tree.leaves(rows)[0].shape[:2]
+        self.vault = vault
+        self.room = num_adds * rollout_length  # timesteps
+        self.num_timesteps = 0  # in the buffer, from its beginning, and not yet written
+        buffer = make_buffer(num_rows, self.room)
+        transition = jax.tree.map(lambda x: np.zeros(x.shape[2:], x.dtype), rows)
+        # On the host, it takes none of an accelerator's memory.
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        self.state = jax.jit(buffer.init, out_shardings=host)(transition)
+        add = lambda state, experience: buffer.add(state, reshape_experience(experience))
+        self._add = jax.jit(add, donate_argnums=0)  # in place: there is no second buffer
+
+    def add(self, experience: ArrayTree):
+        """Add leaves (D, NU, UB, T, NE, ...); a buffer that is full is written first."""
+        length = jax.tree.leaves(experience)[0].shape[3]
+        if self.num_timesteps + length > self.room:
+            self.write()
+        state = self.state.replace(current_index=self.num_timesteps)
+        self.state = self._add(state, jax.device_get(experience))
+        self.num_timesteps += length
+
+    def write(self):
+        """Write what is new behind what the vault holds."""
+        append_to_vault(self.vault, self.state.experience, self.num_timesteps)
+        self.num_timesteps = 0
+
+
+def open_vault(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Vault, dict]:
+    """A vault that exists, and its metadata; a FileNotFoundError where there is none."""
+    metadata = Path(rel_dir, name, uid, "metadata.json").read_text()
+    vault = Vault(name, rel_dir=rel_dir, vault_uid=uid)
+    return vault, json.loads(metadata, object_hook=Entries)
+
+
+# ---- FILES: the folder of a run ------------------------------------------------------------------
 def run_path(name: str, uid: str, rel_dir: str = "vaults") -> Path:
     """The folder REL_DIR/NAME/UID, absolute; a `ConfigError` where Flashbax would mistake it."""
     path = Path(os.path.abspath(rel_dir), name, uid)
-    plain = path.parts[-2:] == (name, uid) and "." not in (name[0], uid[0])
-    plain = plain and str(path).isprintable() and not set(str(path)) & set("#%?|\\")
-    require(plain, f"{str(path)!r} must be made of plain names, without # % ? | \\")
+    is_whole = path.parts[-2:] == (name, uid) and "/." not in f"/{name}/{uid}"
+    is_plain = is_whole and not set(str(path)) & set("#%?|\\*[\n")
+    require(is_plain, f"{str(path)!r} must be made of plain names, without # % ? | \\ * [")
     return path
 
 
-def part_paths(path: Path, count: int) -> list[Path]:
-    """The folders of a run of `count` processes: `path`, or of several UID-p0of2 and so on."""
-    parts = [path.with_name(f"{path.name}-p{index}of{count}") for index in range(count)]
-    return parts if count > 1 else [path]
+def part_name(uid: str, index: int, count: int) -> str:
+    """The folder of a process: UID, or where there are several UID-p0of2 and so on."""
+    return uid if count == 1 else f"{uid}-p{index:0{len(str(count))}}of{count}"
 
 
-def find_parts(path: Path) -> set[Path]:
-    """Those of the folders of a run that exist, whatever the number of processes."""
-    is_part = re.compile(rf"{re.escape(path.name)}(-p\d+of\d+)?").fullmatch  # and not UID-profile
-    return {folder for folder in path.parent.glob("*") if is_part(folder.name)}
+def find_parts(path: Path) -> list:
+    """The folder of a run, or those of its processes, in their order."""
+    return sorted(path.parent.glob(f"{path.name}-p[0-9]*of[0-9]*")) or [path]
 
 
-def own_path(config: VaultConfig) -> Path:
-    """The folder of this process."""
-    path = run_path(config.name, config.uid, config.rel_dir)
-    return part_paths(path, jax.process_count())[jax.process_index()]
-
-
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes):
     """Write a file that is whole at any time: a new one takes the place of the old one at once."""
     temporary = path.with_name(f".{path.stem}")
     temporary.write_bytes(content)
@@ -877,51 +1107,76 @@ def whole_folder(path: Path) -> Iterator[Path]:
         folder.rename(path)
 
 
-def make_vault(path: Path, experience: Any, chunk_length: int, metadata: dict[str, Any]) -> Vault:
-    """Create a vault at `path`, with zstd: three times as fast as Flashbax's gzip, and smaller.
-
-    It is for leaves (rows, any, ...), arrays or shapes, in chunks of `chunk_length` timesteps.
-    That should divide what each write brings: otherwise the next one codes the last chunk again.
-    """
-
-    class NewVault(Vault):
-        def _init_leaf(self, name, shape, dtype, create_ds):
-            spec = self._get_base_spec(name)
-            # A write stores anew each node of the index that it changes: by default, of up to 8 MB.
-            spec["kvstore"]["config"] = {"max_decoded_node_bytes": 2**12}
-            num_rows = min(shape[0], max(1, 2**22 // (chunk_length * math.prod(shape[2:]))))
-            chunks = [num_rows, chunk_length, *shape[2:]]  # some 16 MB of float32, or one row
-            spec["metadata"] = {"compressor": {"id": "zstd", "level": 1}, "chunks": chunks}
-            shape = (shape[0], TIME_AXIS_MAX_LENGTH, *shape[2:])
-            return tensorstore.open(spec, dtype=dtype, shape=shape, create=create_ds).result()
-
-    with mock.patch("flashbax.vault.vault.print", create=True):  # its advice is for other buffers
-        return NewVault(str(path.parent), experience, vault_uid=path.name, metadata=metadata)
-
-
-def open_vault(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Vault, dict[str, Any]]:
-    """A vault that exists, and its metadata; a FileNotFoundError where there is none."""
-    path = run_path(name, uid, rel_dir)
-    metadata = json.loads((path / "metadata.json").read_text())
-    return Vault(vault_name=name, vault_uid=uid, rel_dir=rel_dir), metadata
-
-
 # ---- CHECKPOINT: what a run needs to go on where it stopped --------------------------------------
 class Progress(NamedTuple):
     """A run between two evaluations."""
 
     state: LearnerState
-    eval_key: np.ndarray  # (2,) uint32
+    eval_key: np.ndarray  # (2,) uint32, of the next evaluation
     best_params: Params  # of the evaluation with the highest mean return
-    best_return: float
     evaluations: list[Evaluation]
 
-    def add(self, state: LearnerState, key: np.ndarray, evaluation: Evaluation) -> "Progress":
-        """The progress after one more evaluation, with the key of the next."""
-        best, mean_return = self[2:4], float(evaluation.episode_return.mean())
-        if mean_return >= self.best_return:
-            best = state.params, mean_return
-        return Progress(state, key, *best, [*self.evaluations, evaluation])
+    def add(self, state, eval_key, evaluation):
+        """The progress after one more evaluation, of `state`, with the key of the next."""
+        evaluations = [*self.evaluations, evaluation]
+        mean_returns = [each.episode_return.mean() for each in evaluations]
+        best_params = state.params if mean_returns[-1] == max(mean_returns) else self.best_params
+        return Progress(state, eval_key, best_params, evaluations)
+
+
+def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
+    """The beginning of a run."""
+    key = jax.random.PRNGKey(config.system.seed)
+    state = init_learner(key, config, env, mesh)
+    eval_key = np.asarray(jax.random.split(key, 3)[1])  # the key that `init_learner` leaves
+    return Progress(state, eval_key, state.params, evaluations=[])
+
+
+def with_params(progress: Progress, path: str | Path, mesh: Mesh) -> Progress:
+    """The beginning of a run with the best parameters of the run at `path`."""
+    params = load_params(path)
+    is_fit = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, progress.best_params)
+    require(is_fit, f"checkpoint.load_params {path} has other networks")
+    params = multihost_utils.host_local_array_to_global_array(params, mesh, REPLICATED)
+    state = progress.state._replace(
+        actor=progress.state.actor.replace(params=params.actor),
+        critic=progress.state.critic.replace(params=params.critic),
+    )
+    return progress._replace(state=state, best_params=params)
+
+
+# Settings that may change where a run goes on: the others determine the data, or the best
+# parameters.
+FREE_SETTINGS = (
+    "system.total_timesteps",
+    "system.num_updates",
+    "arch.num_evaluation",
+    "arch.num_absolute_metric_eval_episodes",
+    "arch.absolute_metric",
+    "arch.distributed",
+    "arch.coordinator_address",
+    "arch.num_processes",
+    "arch.process_id",
+    "vault.name",
+    "vault.uid",
+    "vault.rel_dir",
+    "vault.save_interval",
+    "checkpoint.",
+    "versions.",
+)
+# Settings that may be different in the processes of a run.
+OWN_SETTINGS = ("arch.coordinator_address", "arch.process_id", "vault.rel_dir")
+
+
+def settings_without(metadata: dict, prefixes: tuple):
+    """What the metadata say by names such as system.seed, without those that begin so."""
+    settings = flatten_dict(metadata, sep=".")
+    return {name: settings[name] for name in settings if not name.startswith(prefixes)}
+
+
+def own_part(tree: ArrayTree, mesh: Mesh, specs: ArrayTree) -> ArrayTree:
+    """The part of arrays that is on this process's devices, as NumPy's."""
+    return jax.device_get(multihost_utils.global_array_to_host_local_array(tree, mesh, specs))
 
 
 def raw(x: Array) -> Array:
@@ -929,55 +1184,13 @@ def raw(x: Array) -> Array:
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
-def place(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
-    """NumPy arrays of this process, on the devices as those of the tree `like` lie there."""
-    put = lambda new, old: jax.make_array_from_process_local_data(raw(old).sharding, new)
-    wrap = lambda new, old: jax.random.wrap_key_data(put(new, old), impl=jax.random.key_impl(old))
-    return jax.tree.map(lambda new, old: (put if raw(old) is old else wrap)(new, old), tree, like)
-
-
-def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
-    """The beginning of a run, with the parameters that are to be loaded."""
-    key, eval_key, params_key = jax.random.split(jax.random.PRNGKey(config.system.seed), 3)
-    state = init_learner(key, params_key, env, config, mesh)
-    exists = gather(np.array([own_path(config.vault).exists()])).all()
-    if config.checkpoint.load_params and not exists:
-        params = load_params(config.checkpoint.load_params)
-        same = jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, params)
-        require(same, f"checkpoint.load_params {config.checkpoint.load_params} has other networks")
-        actor, critic = place(multihost_utils.broadcast_one_to_all(params), state.params)
-        actor, critic = state.actor.replace(params=actor), state.critic.replace(params=critic)
-        state = state._replace(actor=actor, critic=critic)
-    return Progress(state, np.asarray(raw(eval_key)), state.params, -math.inf, [])
-
-
-def fixed_settings(config: Config) -> dict[str, Any]:
-    """What must be the same where a run goes on: it determines the data, or the best parameters."""
-    groups = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples
-    names = {group: list(groups[group]) for group in ("system", "env", "network")}
-    names["system"] = [x for x in names["system"] if x not in ("total_timesteps", "num_updates")]
-    names["arch"] = ["num_envs", "num_eval_episodes", "evaluation_greedy"]
-    names["vault"] = ["save", "extra_leaves"]
-    random = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_enable_x64")
-    return {
-        **{f"{group}.{name}": groups[group][name] for group in names for name in names[group]},
-        **{name: getattr(jax.config, name) for name in random},
-        "updates per evaluation": config.system.num_updates // config.arch.num_evaluation,
-        "number of devices": jax.device_count(),
-        "number of processes": jax.process_count(),
-    }
-
-
-def save_checkpoint(path: Path, config: Config, progress: Progress, mesh: Mesh) -> None:
+def save_checkpoint(path: Path, metadata: dict, progress: Progress, mesh: Mesh):
     """Save this process's part of `progress` in the folder `path`; the two before are kept."""
-    own_part = multihost_utils.global_array_to_host_local_array
-    state = own_part(jax.tree.map(raw, progress.state), mesh, STATE_SPECS)
     content = {
-        "settings": fixed_settings(config),
-        "state": [np.asarray(x) for x in jax.tree.leaves(state)],
+        "settings": settings_without(metadata, FREE_SETTINGS),
+        "state": jax.tree.leaves(own_part(jax.tree.map(raw, progress.state), mesh, STATE_SPECS)),
         "eval_key": progress.eval_key,
-        "params": jax.device_get(own_part(progress.best_params, mesh, REPLICATED))._asdict(),
-        "best_return": progress.best_return,
+        "params": own_part(progress.best_params, mesh, REPLICATED)._asdict(),
         "evaluations": [evaluation._asdict() for evaluation in progress.evaluations],
     }
     write_file(path / f"checkpoint.{len(progress.evaluations)}", msgpack_serialize(content))
@@ -986,30 +1199,41 @@ def save_checkpoint(path: Path, config: Config, progress: Progress, mesh: Mesh) 
         old.unlink()
 
 
-def find_checkpoints(path: Path) -> dict[int, Path]:
+def find_checkpoints(path: Path):
     """The checkpoints in the folder of a run, by the number of evaluations done."""
     return {int(file.suffix[1:]): file for file in path.glob("checkpoint.*")}
 
 
-def load_checkpoint(file: Path, config: Config, like: Progress) -> Progress:
+def load_checkpoint(file: Path, metadata: dict, like: Progress, mesh: Mesh) -> Progress:
     """The progress that was saved, placed as `like`; a `ConfigError` names what does not fit."""
     saved = msgpack_restore(file.read_bytes())
-    for name, value in fixed_settings(config).items():
+    for name, value in settings_without(metadata, FREE_SETTINGS).items():
         old = saved["settings"].get(name)
         require(value == old, f"{name} is {value}, but {old} in the run that is to go on")
-    num_done, num_evaluation = len(saved["evaluations"]), config.arch.num_evaluation
-    problem = f"arch.num_evaluation is {num_evaluation}, but {num_done} are done already"
-    require(num_done <= num_evaluation, problem)
-    state = place(jax.tree.structure(like.state).unflatten(saved["state"]), like.state)
-    best = place(Params(**saved["params"]), like.best_params), saved["best_return"]
-    evaluations = [Evaluation(**evaluation) for evaluation in saved["evaluations"]]
-    return Progress(state, saved["eval_key"], *best, evaluations)
+    require(
+        len(saved["evaluations"]) <= metadata["arch"]["num_evaluation"],
+        f"arch.num_evaluation is {metadata['arch']['num_evaluation']}, but "
+        f"{len(saved['evaluations'])} are done already",
+    )
+
+    def wrap(new, old):  # keys that were typed
+        is_typed = raw(old) is not old
+        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_typed else new
+
+    place = multihost_utils.host_local_array_to_global_array
+    state = jax.tree.structure(like.state).unflatten(saved["state"])
+    return Progress(
+        state=jax.tree.map(wrap, place(state, mesh, STATE_SPECS), like.state),
+        eval_key=saved["eval_key"],
+        best_params=place(Params(**saved["params"]), mesh, REPLICATED),
+        evaluations=[Evaluation(**evaluation) for evaluation in saved["evaluations"]],
+    )
 
 
 def load_params(path: str | Path) -> Params:
     """The best parameters of a run, vaults/NAME/UID; a FileNotFoundError where there are none."""
     path = Path(path).absolute()
-    files = find_checkpoints(min(find_parts(path), default=path))
+    files = find_checkpoints(find_parts(path)[0])
     if not files:
         raise FileNotFoundError(f"there is no checkpoint in {path}")
     return Params(**msgpack_restore(files[max(files)].read_bytes())["params"])
@@ -1027,34 +1251,36 @@ def restore_time_order(
     """
 
     def restore(x):
-        num_evaluations, rest = x.shape[1] // rollout_length, x.shape[2:]
+        _, num_timesteps, *rest = x.shape
+        num_evaluations = num_timesteps // rollout_length
         # (D * NU * UB * NE, E * T, ...) -> (D, NU, UB * NE, E, T, ...)
         x = x.reshape(num_devices, num_updates_per_eval, -1, num_evaluations, rollout_length, *rest)
         # (D, NU, UB * NE, E, T, ...) -> (D, UB * NE, E, NU, T, ...)
         x = x.swapaxes(1, 2).swapaxes(2, 3)
-        return x.reshape(-1, num_evaluations * num_updates_per_eval * rollout_length, *rest)
+        return x.reshape(-1, num_timesteps * num_updates_per_eval, *rest)
 
     return jax.tree.map(restore, experience)
 
 
-def open_recording(
-    name: str, uid: str, rel_dir: str = "vaults"
-) -> tuple[dict[str, tensorstore.TensorStore], int, dict[str, Any]]:
+def open_recording(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Entries, int, dict]:
     """Leaves (D * NU * UB * NE, any, ...) on disk, the timesteps that they hold, and the metadata.
 
     The parts of several processes are read as one; there is a `ConfigError` where one is missing,
     and a FileNotFoundError where there is no vault.
     """
-    path = run_path(name, uid, rel_dir)
-    found = find_parts(path) or {path}
-    parts, names = part_paths(path, len(found)), ", ".join(sorted(part.name for part in found))
-    require(found == set(parts), f"{path.parent} has {names}: bring together all parts of one run")
+    parts = find_parts(Path(rel_dir, name, uid))
     vaults, metadata = zip(*(open_vault(name, part.name, rel_dir) for part in parts), strict=True)
+    num_processes = metadata[0].get("num_processes", 1)
+    require(
+        len(parts) == num_processes,
+        f"{name} has {', '.join(part.name for part in parts)}, of a run of {num_processes} "
+        "processes: bring together all its parts, and nothing else of their names",
+    )
     join = lambda *stores: tensorstore.concat(stores, axis=0)
     leaves = jax.tree.map(join, *(vault._all_datastores for vault in vaults))
-    num_devices = sum(part["num_devices"] for part in metadata)
-    length = min(vault.vault_index for vault in vaults)
-    return leaves, length, {**metadata[0], "num_devices": num_devices}
+    num_timesteps = min(vault.vault_index for vault in vaults)
+    metadata[0]["num_devices"] *= num_processes
+    return Entries(leaves), num_timesteps, metadata[0]
 
 
 class Episodes(NamedTuple):
@@ -1075,8 +1301,8 @@ def iterate_episodes(
     name: str,
     uid: str,
     rel_dir: str = "vaults",
-    percentiles: tuple[float, float] = (0, 100),
-    leaves: tuple[str, ...] | None = None,
+    percentiles: tuple = (0, 100),
+    leaves=None,
     num_steps: int = 50_000,
 ) -> Iterator[Episodes]:
     """Every complete episode of a vault, exactly once, a window of the vault at a time.
@@ -1086,47 +1312,65 @@ def iterate_episodes(
     whole evaluations, both ends rounded down, and these `leaves`, by default all.  Raises what
     `open_recording` does, and a `ConfigError` where the percentiles hold nothing.
     """
-    stores, length, metadata = open_recording(name, uid, rel_dir)
-    rollout_length = metadata["system"]["rollout_length"]
-    sizes = metadata["num_devices"], metadata["num_updates_per_eval"], rollout_length
-    num_rows, num_evaluations = stores["done"].shape[0], length // rollout_length
+    stores, num_timesteps, metadata = open_recording(name, uid, rel_dir)
+    leaves = stores if leaves is None else leaves
+    rollout_length = metadata["system"]["rollout_length"]  # T
+    num_updates = metadata["num_updates_per_eval"]  # NU
+    num_envs = stores["done"].shape[0] // num_updates  # D * UB * NE
+    evaluation_length = num_updates * rollout_length  # timesteps of each environment
+    require(
+        num_timesteps % rollout_length == 0,
+        f"rollout_length {rollout_length} does not divide the vault's {num_timesteps} steps",
+    )
+
+    num_evaluations = num_timesteps // rollout_length  # E
     first, last = (int(num_evaluations * percentile / 100) for percentile in percentiles)
-    problem = f"percentiles {percentiles} of {num_evaluations} evaluations hold none"
-    require(0 <= percentiles[0] <= percentiles[1] <= 100 and first < last, problem)
-    leaves = tuple(stores) if leaves is None else leaves
-    num_envs, evaluation_length = num_rows // sizes[1], sizes[1] * rollout_length
-    window = max(1, num_steps // (num_rows * rollout_length))
-    # When the open episode of each environment began, on the environment's own clock.  Where the
-    # recording begins, episodes begin; elsewhere the first that is known to begin follows a `done`.
-    begin = np.full(num_envs, 0.0 if first == 0 else math.inf)
+    require(
+        0 <= percentiles[0] <= percentiles[1] <= 100 and first < last,
+        f"percentiles {percentiles} of {num_evaluations} evaluations hold none",
+    )
+
+    def read(leaf, start, stop):  # evaluations of a leaf, as (D * UB * NE, time, ...)
+        # `Vault.read` would read all of all leaves, onto the accelerator.
+        rows = stores[leaf][:, start * rollout_length : stop * rollout_length].read().result()
+        return restore_time_order(rows, metadata["num_devices"], num_updates, rollout_length)
+
+    # FIND all episodes, one environment after the other: `done` is small
+    done = read("done", 0, last)
+    row, end = np.nonzero(done if done.ndim == 2 else done[..., 0])
+    begin = np.where(np.diff(row, prepend=-1) > 0, 0, np.roll(end, 1) + 1)
+    is_asked_for = begin >= first * evaluation_length
+    evaluation = end // evaluation_length
+
+    # READ those that end in a window
+    window = max(1, num_steps // (num_envs * evaluation_length))  # evaluations
     for start in range(first, last, window):
         stop = min(start + window, last)
-        start = int(min(start * evaluation_length, begin.min()) // evaluation_length)
-        times = slice(start * rollout_length, stop * rollout_length)
-        # `Vault.read` would read all of all leaves, onto the accelerator.
-        part = {x: stores[x][:, times].read().result() for x in {"done", "reward", *leaves}}
-        part = restore_time_order(part, *sizes)
-        done = part["done"][..., 0]  # (B, time), B here of all devices
-        ends, time = done.any(axis=1), start * evaluation_length + np.arange(done.shape[1])
-        begin = np.where(ends & np.isinf(begin), time[done.argmax(axis=1)] + 1, begin)
-        has_ended = np.cumsum(done[:, ::-1], axis=1)[:, ::-1] > 0
-        complete = (time >= begin[:, None]) & has_ended
-        begin = np.where(ends, time[-1] + 1 - done[:, ::-1].argmax(axis=1), begin)
-        end = np.flatnonzero(done[complete]) + 1
-        first_index = np.append(0, end)[:-1]
-        reward = part["reward"][complete].mean(axis=1, dtype=np.float64)
-        episode_return = np.add.reduceat(reward, first_index).astype(np.float32)
-        start_step = time[np.nonzero(complete)[1][first_index]] * num_envs
-        transitions = {leaf: part[leaf][complete] for leaf in leaves}
-        yield Episodes(transitions, first_index, end - first_index, episode_return, start_step)
+        is_here = is_asked_for & (start <= evaluation) & (evaluation < stop)
+        length = (end + 1 - begin)[is_here]
+        episode_start = np.cumsum(length) - length
+
+        # Where their transitions are in what is read, from the evaluation `oldest` on.
+        oldest = begin[is_here].min(initial=start * evaluation_length) // evaluation_length
+        row_start = (row * (stop - oldest) - oldest) * evaluation_length
+        shift = (row_start + begin)[is_here] - episode_start
+        index = np.arange(length.sum()) + np.repeat(shift, length)
+        transitions = {}
+        for leaf in {"reward", *leaves}:
+            rows = read(leaf, oldest, stop)
+            transitions[leaf] = rows.reshape(-1, *rows.shape[2:])[index]
+        reward = np.atleast_2d(transitions["reward"].T).mean(axis=0, dtype=np.float64)
+        yield Episodes(
+            transitions={leaf: transitions[leaf] for leaf in leaves},
+            start=episode_start,
+            length=length,
+            episode_return=np.add.reduceat(reward, episode_start).astype(np.float32),
+            start_step=begin[is_here] * num_envs,
+        )
 
 
 def load_episodes(
-    name: str,
-    uid: str,
-    rel_dir: str = "vaults",
-    percentiles: tuple[float, float] = (0, 100),
-    leaves: tuple[str, ...] | None = None,
+    name: str, uid: str, rel_dir: str = "vaults", percentiles: tuple = (0, 100), leaves=None
 ) -> Episodes:
     """What `iterate_episodes` gives, in one; to join it takes twice the memory of the result."""
     windows = iterate_episodes(name, uid, rel_dir, percentiles, leaves)
@@ -1138,31 +1382,39 @@ def load_episodes(
 OG_MARL_PARTS = {"Replay": (0, 100), "Poor": (0, 33), "Medium": (33, 67), "Good": (67, 100)}
 
 
-def to_og_marl(episodes: Episodes, metadata: dict[str, Any]) -> dict[str, ArrayTree]:
+def to_og_marl(episodes: Episodes, metadata: dict) -> ArrayTree:
     """The transitions of complete episodes, with all their leaves, as OG-MARL has them.
 
     Returns leaves (1, S, N, ...); in `infos`, the legal actions (1, S, N, A) bool, and the global
     state, or else the agents' observations side by side, (1, S, N * O).  Observations come without
     the one-hot of the agent's index: OG-MARL's systems put their own in front.
     """
-    transitions = episodes.transitions
-    num_ids = metadata["num_agents"] if metadata["system"]["add_agent_id"] else 0
-    observation = transitions["observation"][..., num_ids:]
+    transitions = Entries(episodes.transitions)
+    require(
+        transitions["done"].ndim == transitions["action"].ndim == 2,
+        "OG-MARL's layout needs an axis of agents in done and action",
+    )
+    observation = transitions["observation"]
+    if metadata["system"]["add_agent_id"]:
+        observation = observation[..., metadata["num_agents"] :]
     side_by_side = observation.reshape(len(observation), math.prod(observation.shape[1:]))
-    state = transitions.get("global_state", side_by_side)
-    truncated = transitions.get("truncation")
-    if truncated is None:
+    if "truncation" in transitions:
+        is_cut_off = transitions["truncation"]
+    else:
         # RobotWarehouse's vault, as the original's, has no leaf that tells: an episode as long as
         # the time limit was cut off, even if its very last step also brought a collision.
         is_cut_off = episodes.length == metadata["env"]["time_limit"]  # (K,)
-        truncated = np.repeat(is_cut_off, episodes.length)[:, None]  # (S, 1)
+        is_cut_off = np.repeat(is_cut_off, episodes.length)[:, None]  # (S, 1)
     experience = {
         "observations": observation,
         "actions": transitions["action"],
         "rewards": transitions["reward"],
-        "terminals": transitions["done"] & ~truncated,
-        "truncations": transitions["done"] & truncated,
-        "infos": {"legals": transitions["legal_action_mask"], "state": state},
+        "terminals": transitions["done"] & ~is_cut_off,
+        "truncations": transitions["done"] & is_cut_off,
+        "infos": {
+            "legals": transitions["legal_action_mask"],
+            "state": transitions.get("global_state", side_by_side),
+        },
     }
     return jax.tree.map(lambda x: x[None], experience)
 
@@ -1182,41 +1434,48 @@ def export_og_marl(
     of the run, the name that of the part.  Where it exists already, there is a `ConfigError`.
     """
     *_, metadata = open_recording(name, uid, rel_dir)
-    source = destination or min(find_parts(run_path(name, uid, rel_dir))) / "og_marl"
-    scenario, folder = metadata["env"]["scenario"], Path(source, metadata["task"]["og_marl_name"])
-    path = run_path(f"{scenario}.vlt", export_name or part, str(folder))
+    destination = destination or find_parts(Path(rel_dir, name, uid))[0] / "og_marl"
+    path = run_path(
+        f"{metadata['env']['scenario']}.vlt",
+        export_name or part,
+        Path(destination, metadata["task"]["og_marl_name"]),
+    )
+    percentiles = Entries(OG_MARL_PARTS)[part]
     vault = None
-    # The disk has a thread: Flashbax starts an event loop, where a notebook's own is running.
-    with whole_folder(path) as folder, ThreadPoolExecutor(1) as disk:
-        for episodes in iterate_episodes(name, uid, rel_dir, OG_MARL_PARTS[part]):
+    with whole_folder(path) as folder:
+        for episodes in iterate_episodes(name, uid, rel_dir, percentiles):
             experience = to_og_marl(episodes, metadata)
-            # Chunks of 10,000 timesteps: about 5 MB of observations.
-            vault = vault or make_vault(folder, experience, 10_000, {"recording": metadata})
-            state = TrajectoryBufferState(experience=experience, current_index=0, is_full=False)
-            interval = (0, experience["actions"].shape[1])
-            disk.submit(vault.write, state, source_interval=interval).result()
+            if vault is None:  # in chunks of 10,000 timesteps: about 5 MB of observations
+                metadata = json.loads(json.dumps(metadata))  # plain dictionaries, as JAX knows them
+                vault = make_vault(folder, experience, 10_000, {"recording": metadata})
+            append_to_vault(vault, experience, experience["actions"].shape[1])
     return path
 
 
 # ---- RESULTS: metrics and pictures ---------------------------------------------------------------
 def write_metrics(
-    config: Config, task: Task, evaluations: list[Evaluation], absolute_metric: float | None = None
-) -> None:
-    """Write all evaluations so far to `metrics.json`, in the format that marl-eval reads."""
-    metrics: dict[str, Any] = {
-        f"step_{index}": {
+    path: Path,
+    metadata: dict,
+    evaluations: list[Evaluation],
+    absolute_metric: float | None = None,
+):
+    """Write all evaluations so far to `metrics.json` in `path`, in the format of marl-eval."""
+    run = {}
+    for index, evaluation in enumerate(evaluations):
+        run[f"step_{index}"] = {
             "step_count": evaluation.step_count,
             "elapsed_time": evaluation.elapsed_time,
             "mean_episode_return": [float(evaluation.episode_return.mean())],
             "steps_per_second": [evaluation.steps_per_second],
         }
-        for index, evaluation in enumerate(evaluations)
-    }
     if absolute_metric is not None:
-        metrics["absolute_metrics"] = {"mean_episode_return": [absolute_metric]}
-    seed, scenario = f"seed_{config.system.seed}", config.env.scenario
-    metrics = {task.marl_eval_name: {scenario: {"ff_ippo": {seed: metrics}}}}
-    write_file(own_path(config.vault) / "metrics.json", json.dumps(metrics).encode())
+        run["absolute_metrics"] = {"mean_episode_return": [absolute_metric]}
+    metrics = {
+        metadata["task"]["marl_eval_name"]: {
+            metadata["env"]["scenario"]: {"ff_ippo": {f"seed_{metadata['system']['seed']}": run}}
+        }
+    }
+    write_file(path / "metrics.json", json.dumps(metrics).encode())
 
 
 def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
@@ -1224,236 +1483,297 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
     steps = [evaluation.step_count for evaluation in evaluations]
     returns = np.stack([evaluation.episode_return for evaluation in evaluations])
     training = [evaluation.train_episode_return for evaluation in evaluations]
-    style = {"marker": "o" if len(evaluations) == 1 else None}  # there is no line through one point
-    figure = Figure(figsize=(8.5, 5.5), dpi=150, layout="constrained")
     losses = list(evaluations[0].losses)  # none where nothing was learned
     mosaic = [["return"] * len(losses), losses] if losses else [["return"]]
-    panels = figure.subplot_mosaic(mosaic, height_ratios=[2, 1][: len(mosaic)], sharex=True)
+    figure = Figure(figsize=(8.5, 5.5), dpi=150, layout="constrained")
+    panels = figure.subplot_mosaic(mosaic, height_ratios=[2, 1][: len(mosaic)])
     axes = panels.pop("return")
-    band = np.percentile(returns, [10, 90], axis=1)
-    label = "evaluation: 10th to 90th percentile of the episodes"
-    axes.fill_between(steps, *band, label=label, color="#0072B2", alpha=0.2, linewidth=0)
-    axes.plot(steps, training, "#E69F00", label="training: mean", linewidth=1, **style)
-    axes.plot(steps, returns.mean(axis=1), "#0072B2", label="evaluation: mean", **style)
+    low, high = np.percentile(returns, [10, 90], axis=1)
+    axes.fill_between(
+        steps, low, high, label="evaluation: 10th to 90th percentile", color="#0072B2", alpha=0.2
+    )
+    axes.plot(steps, training, ".-", ms=2, label="training: mean", color="#E69F00")
+    axes.plot(steps, returns.mean(axis=1), ".-", ms=2, label="evaluation: mean", color="#0072B2")
     axes.set(ylabel="Episode return", xlabel="Environment steps")
-    axes.locator_params(axis="x", nbins=5)  # the panels below share these ticks, with less room
-    axes.tick_params(labelbottom=True)
     axes.legend(loc="upper left")
     for name, axes in panels.items():
-        axes.plot(steps, [e.losses[name] for e in evaluations], "#555555", linewidth=1, **style)
-        axes.set(title=name.replace("_", " ").capitalize(), xlabel="Environment steps")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        values = [evaluation.losses[name] for evaluation in evaluations]
+        axes.plot(steps, values, ".-", ms=2, color="#555555")
+        axes.set(title=name, xlabel="Environment steps")
     return figure
 
 
 def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     """What is in a vault: returns, lengths and actions, in each third of the training."""
     stores, num_timesteps, metadata = open_recording(name, uid, rel_dir)
-    num_steps, num_actions = num_timesteps * stores["done"].shape[0], metadata["num_actions"]
-    episodes, actions = [], np.zeros((3, num_actions), np.int64)
-    for window in iterate_episodes(name, uid, rel_dir, leaves=("action",)):
-        third = 3 * window.start_step // num_steps  # of the training, in which an episode began
-        for part in range(3):
-            chosen = window.transitions["action"][np.repeat(third == part, window.length)]
-            actions[part] += np.bincount(chosen.ravel(), minlength=num_actions)
-        episodes.append((window.episode_return, window.length, third))
-    returns, length, third = map(np.concatenate, zip(*episodes, strict=True))
-    low, high = float(returns.min(initial=0)), float(returns.max(initial=0))
-    if (returns == returns.round()).all():  # a whole number in the middle of each bar
-        low, high = low - 0.5, low - 0.5 + 12 * math.ceil((high - low + 1) / 12)
+    num_steps = num_timesteps * stores["done"].shape[0]
+    num_actions = metadata["num_actions"]
+    parts = []
+    actions = np.zeros((3, num_actions))  # how often each was chosen, in each third
+    for episodes in iterate_episodes(name, uid, rel_dir, leaves=("action",)):
+        third = 3 * episodes.start_step // num_steps  # in which an episode began
+        parts.append((episodes.episode_return, episodes.length, third))
+        action = np.atleast_2d(episodes.transitions["action"].T)  # (N, S), or of one agent
+        np.add.at(actions, (np.repeat(third, episodes.length), action), 1)
+    episode_return, length, third = map(np.concatenate, zip(*parts, strict=True))
+    in_thirds = lambda values: [values[third == part] for part in range(3)]
+    one_each = in_thirds(np.ones(len(third)))
+
     figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=[4, 4, 5])
-    colors = ("#A6CEE3", "#4292C6", "#08306B")  # their lightness tells them apart
-    parts = {name: third == part for part, name in enumerate(("first", "second", "last"))}
-    labels = [f"{name} third of training: {x.sum():,} episodes" for name, x in parts.items()]
-    values = [[x[part] for part in parts.values()] for x in (returns, length)]
-    shares = [[np.full(x.size, 100 / max(1, x.size)) for x in value] for value in values]
-    values.append([np.arange(num_actions)] * 3)
-    shares.append([100 * x / max(1, x.sum()) for x in actions])
-    bins = np.linspace(low, high, 13), np.linspace(0, length.max(initial=1), 11)
-    bins = *bins, np.arange(num_actions + 1) - 0.5
-    for axes, value, share, edges in zip(panels, values, shares, bins, strict=True):
-        axes.hist(value, edges, weights=share, color=colors, label=labels)
-    panels[0].set(xlabel="Episode return", ylabel="Share of episodes (%)")
-    panels[1].set(xlabel="Episode length (timesteps)", ylabel="Share of episodes (%)")
-    panels[2].set(xlabel="Action of an agent", ylabel="Share of actions (%)")
-    names = [str(x).replace(" ", "\n") for x in metadata["task"]["actions"] or range(num_actions)]
-    panels[2].set_xticks(range(len(names)), names, fontsize="small")
-    entries = panels[0].get_legend_handles_labels()
-    figure.legend(*entries, loc="outside upper center", ncols=3, fontsize="small")
+    axes = figure.subplots(1, 3, width_ratios=[4, 4, 5])
+    every_action = np.arange(num_actions)
+    edges = np.arange(num_actions + 1) - 0.5
+    for panel, xlabel, values, counts, bins in (
+        (axes[0], "Episode return", in_thirds(episode_return), one_each, 12),
+        (axes[1], "Episode length (timesteps)", in_thirds(length), one_each, 12),
+        (axes[2], "Action of an agent", [every_action] * 3, actions, edges),
+    ):
+        panel.hist(
+            values,
+            bins,
+            weights=[100 * count / max(1, count.sum()) for count in counts],
+            color=["#A6CEE3", "#4292C6", "#08306B"],  # their lightness tells them apart
+            label=[f"{part} third of training" for part in ("first", "second", "last")],
+        )
+        panel.set(xlabel=xlabel, ylabel="Share (%)")
+    axes[2].set_xticks(every_action, metadata["task"]["actions"] or every_action, rotation=30)
+    axes[0].legend(fontsize="small")
     return figure
 
 
-# ---- RUN -----------------------------------------------------------------------------------------
-def check_environment(env: Environment) -> None:
-    """Raise a `ConfigError` if your own environment is wrong; 16 copies of it act at random."""
-    name, limit, key = type(env).__name__, getattr(env, "time_limit", None), jax.random.PRNGKey(0)
+# ---- CHECKS: every mistake is told in one line, before anything is recorded ----------------------
+def check_environment(env: Environment):
+    """Raise a `ConfigError` if your own environment is wrong."""
+    name = type(env).__name__
+    limit = getattr(env, "time_limit", None)
     require(not isinstance(env, type), f"{env} is a class: give an instance of it")
-    is_count = isinstance(limit, int | np.integer) and limit > 0
-    require(is_count, f"time_limit of {name} is {limit!r}: it must be an int, of timesteps")
+    require(
+        isinstance(limit, int | np.integer) and limit > 0,
+        f"time_limit of {name} is {limit!r}: it must be an int, of timesteps",
+    )
+    check_interface(env, name)
+    check_episodes(env, name)
 
-    def trace(function: str, *arguments: Any) -> tuple[State, TimeStep]:
-        pair = jax.eval_shape(getattr(env, function), *arguments)
-        fits = isinstance(pair, tuple) and [isinstance(x, TimeStep) for x in pair] == [False, True]
-        require(fits, f"{function} of {name} must return (state, TimeStep), as Jumanji's does")
-        return pair
 
-    state, first = trace("reset", key)
+def check_interface(env: Environment, name: str):
+    """What `reset` and `step` return: traced, not run."""
+    key = jax.random.PRNGKey(0)
+    state, first = jax.eval_shape(env.reset, key)
+    require(isinstance(first, TimeStep), f"reset of {name} must return (state, TimeStep)")
     require(hasattr(state, "key"), f"the state of {name} has no key to begin the next episode with")
-    parts = [getattr(first.observation, part, None) for part in Observation._fields]
-    view, mask, global_state = map(np.shape, parts)  # that of None is ()
+    seen = first.observation
+    view = np.shape(getattr(seen, "agents_view", None))
     require(len(view) == 2, f"the observation of {name} has no agents_view of shape (N, O)")
-    num_values = np.shape(getattr(getattr(env, "action_spec", None), "num_values", [[]]))
-    fits = mask[:-1] == view[:1] if mask else num_values in ((), view[:1])
-    lacks = "no action_mask (N, A) in its observation, nor an action_spec of discrete actions"
-    require(fits, f"{name} has {lacks}, with num_values () or (N,)")
-    fits = parts[2] is None or len(global_state) == 1
-    require(fits, f"the global_state of {name} is not of shape (S,)")
-    next_state, second = trace("step", state, jnp.zeros(view[0], jnp.int32))
-    own = {(), view[:1]}  # of all agents, or of each
-    for part, fitting in {"step_type": {()}, "reward": own, "discount": own}.items():
-        shapes = {getattr(getattr(x, part), "shape", None) for x in (first, second)}
-        require(shapes <= fitting, f"{part} of {name} has the shapes {shapes}, not {fitting}")
-    form = lambda x: f"{x.dtype}{x.shape}"
-    before = jax.tree.map(form, {"state": state, "observation": first.observation})
-    after = jax.tree.map(form, {"state": next_state, "observation": second.observation})
-    before, after = (dict(jax.tree.leaves_with_path(tree)) for tree in (before, after))
-    for path in before | after:
-        x, y, part = before.get(path), after.get(path), jax.tree_util.keystr(path[1:])
-        require(x == y, f"{path[0].key}{part} of {name} is {x} after reset, but {y} after step")
+    mask = np.shape(getattr(seen, "action_mask", None))
+    of_all_or_each = ((), view[:1])
+    require(mask[:-1] in of_all_or_each, f"the action_mask of {name} is not of shape (N, A)")
+    global_state = getattr(seen, "global_state", None)
+    require(
+        global_state is None or global_state.ndim == 1,
+        f"the global_state of {name} is not of shape (S,)",
+    )
+
+    action = jnp.zeros(view[0], jnp.int32)
+    _, second = jax.eval_shape(env.step, state, action)
+    require(isinstance(second, TimeStep), f"step of {name} must return (state, TimeStep)")
+    fittings = {"step_type": [()], "reward": of_all_or_each, "discount": of_all_or_each}
+    for part, fitting in fittings.items():
+        shape = getattr(getattr(second, part), "shape", None)
+        require(shape in fitting, f"{part} of {name} has the shape {shape}, not one of {fitting}")
+
+    agents = AgentWrapper(env, add_agent_id=False)
+    _, first = jax.eval_shape(agents.reset, key)
+    next_state, second = jax.eval_shape(agents.step, state, action)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        {"state": state, "observation": first.observation},
+        {"state": next_state, "observation": second.observation},
+        custom_message=f"{name} returns the first by reset, the second by step",
+        exception_type=ConfigError,
+    )
+
+
+def check_episodes(env: Environment, name: str):
+    """16 copies of the environment act at random for `time_limit` timesteps."""
+    agents = AgentWrapper(env, add_agent_id=False)
+    limit = env.time_limit
 
     @jax.jit
-    def play(key: PRNGKey) -> tuple:
-        agents, uniform = AgentWrapper(env, False), lambda _, x: jnp.where(x.action_mask, 0.0, -1e9)
+    def play(key):
+        uniform = lambda params, x: jnp.where(x.action_mask, 0.0, -1e9)
         actor = TrainState.create(apply_fn=uniform, params={}, tx=optax.identity())
         begin = reset_environments(agents, jax.random.split(key, 16))
         (_, end), played = rollout(agents, actor, key[None], begin, limit)
-        has_action = played.observation.action_mask.any(axis=-1).all(axis=(0, 1))
-        is_cut_off = select_leaves(played, ("truncation",))["truncation"][..., 0]
-        is_finite = [jnp.isfinite(x).all() for x in (played.observation.agents_view, played.reward)]
-        first = (raw(begin.state.key), raw(end.state.key)), begin.observation.agents_view
-        return *first, has_action, is_finite, is_cut_off, *played.metrics[1:]
+        return raw(end.state.key), played
 
-    keys, views, has_action, is_finite, is_cut_off, length, done = jax.device_get(play(key))
-    num_keys = min(len(np.unique(x, axis=0)) for x in keys)
-    require(num_keys == 16, f"16 states of {name} that began with 16 keys have {num_keys} keys")
-    require(all(is_finite), f"agents_view or reward of {name} is not finite")
-    if (count := len(np.unique(views, axis=0))) < 16 and jax.process_index() == 0:
-        print(f"16 resets of {name} with 16 keys began with {count} different observations")
+    keys, played = jax.device_get(play(jax.random.PRNGKey(0)))  # (time_limit, 16, ...)
+    num_keys = len(np.unique(keys, axis=0))
+    require(
+        num_keys == 16,
+        f"16 states of {name} that began with 16 keys have {num_keys} keys",
+    )
+    views = played.observation.agents_view
+    if (views[0] == views[0, 0]).all():
+        log(f"all episodes of {name} begin with the same observation")
+    is_finite = np.isfinite(views).all() and np.isfinite(played.reward).all()
+    require(is_finite, f"agents_view or reward of {name} is not finite")
+    has_action = played.observation.action_mask.any(axis=-1).all(axis=(0, 1))  # (N,)
     require(has_action.all(), f"agent {has_action.argmin()} of {name} has no legal action")
-    problem = f"an episode of {name} has not ended at its time_limit, {limit}"
-    require((done | (length < limit)).all(), problem)
-    problem = f"an episode of {name} ended before its time_limit, {limit}, with a discount not 0"
-    require((~is_cut_off | (length == limit)).all(), f"{problem}: at a terminal state it must be 0")
+    done = played.metrics.done
+    is_full = played.metrics.episode_length >= limit
+    require(
+        (done | ~is_full).all(),
+        f"an episode of {name} has not ended at its time_limit, {limit}",
+    )
+    is_cut_off = done & (played.discount != 0).any(axis=-1)
+    message = f"an episode of {name} ended before its time_limit, {limit}, with a discount not 0"
+    require((is_full | ~is_cut_off).all(), f"{message}: at a terminal state it must be 0")
 
 
 def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
+    system, arch, vault = config.system, config.arch, config.vault
 
-    def check(name: str, fits: bool, must: str) -> None:
-        group, field = name.split(".")
-        require(fits, f"{name} is {getattr(getattr(config, group), field)!r}: it must {must}")
+    # EACH NUMBER by itself
+    defaults = flatten_dict(dataclasses.asdict(Config()), sep=".")
+    highest = {"system.seed": 2**32 - 1, "system.gamma": 1, "system.gae_lambda": 1}
+    for name, value in flatten_dict(dataclasses.asdict(config), sep=".").items():
+        numbers = np.asarray(value)
+        is_from_0 = type(defaults[name]) is float or name in ("system.seed", "arch.process_id")
+        least = 0 if is_from_0 else 1
+        most = highest.get(name, math.inf)
+        is_fit = numbers.dtype.kind not in "iuf" or ((least <= numbers) & (numbers <= most)).all()
+        require(is_fit, f"{name} is {value!r}: it must be from {least} to {most}")
 
-    for group, settings in vars(config).items():
-        for field in dataclasses.fields(settings):
-            name, value, kind = f"{group}.{field.name}", getattr(settings, field.name), field.type
-            kind = {float: float | int}.get(kind, tuple if get_origin(kind) is tuple else kind)
-            check(name, isinstance(value, kind), f"be {getattr(kind, '__name__', kind)}")
-            numbers = [x for x in (value if kind is tuple else [value]) if type(x) in (int, float)]
-            least = 0 if field.type is float or field.name in ("seed", "process_id") else 1
-            most = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1}.get(field.name, math.inf)
-            check(name, all(least <= x <= most for x in numbers), f"be from {least} to {most}")
-
-    system, arch, vault, resume = config.system, config.arch, config.vault, config.checkpoint.resume
+    # SETTINGS THAT GO TOGETHER
     transitions = system.rollout_length * arch.num_envs
-    must = f"divide system.rollout_length * arch.num_envs, {transitions}"
-    check("system.num_minibatches", transitions % system.num_minibatches == 0, must)
-    must = f"be a multiple of the number of devices, {num_devices}"
-    check("arch.num_eval_episodes", arch.num_eval_episodes % num_devices == 0, must)
-    updates, evaluations = system.num_updates, arch.num_evaluation
+    require(
+        transitions % system.num_minibatches == 0,
+        f"system.num_minibatches is {system.num_minibatches}: it must divide "
+        f"system.rollout_length * arch.num_envs, {transitions}",
+    )
+    num_updates = system.num_updates
     if system.total_timesteps is not None:
-        steps = num_devices * system.update_batch_size * transitions * evaluations
-        updates = math.ceil(system.total_timesteps / steps) * evaluations
-    say = f"set that to {math.gcd(updates, evaluations)}, say"
-    must = f"be a multiple of arch.num_evaluation, {evaluations}: {say}"
-    check("system.num_updates", updates % evaluations == 0, must)
-    known = set(vault.extra_leaves) <= set(EXTRA_LEAVES)
-    check("vault.extra_leaves", known, f"have some of {', '.join(EXTRA_LEAVES)}")
-    is_set_up = jax.distributed.is_initialized() or not arch.distributed
-    check("arch.distributed", is_set_up, "come after jax.distributed.initialize")
-    has_uid = vault.uid is not None or not (resume or arch.distributed)
-    check("vault.uid", has_uid, "be given with checkpoint.resume and arch.distributed")
+        per_update = num_devices * system.update_batch_size * transitions
+        per_evaluation = system.total_timesteps / (per_update * arch.num_evaluation)
+        num_updates = math.ceil(per_evaluation) * arch.num_evaluation
+    require(
+        num_updates % arch.num_evaluation == 0,
+        f"system.num_updates is {num_updates}: it must be a multiple of arch.num_evaluation, "
+        f"{arch.num_evaluation}: set that to {math.gcd(num_updates, arch.num_evaluation)}, say",
+    )
+    require(
+        jax.distributed.is_initialized() or not arch.distributed,
+        "arch.distributed is True: it must come after jax.distributed.initialize",
+    )
+    require(
+        vault.uid is not None or not (config.checkpoint.resume or arch.distributed),
+        "vault.uid is None: it must be given with checkpoint.resume and arch.distributed",
+    )
+
+    # THE TASK
     if env is not None:
         check_environment(env)
-    task = find_task(config.env, env)
-    vault = dataclasses.replace(
-        vault,
-        name=vault.name or f"ff_ippo_{task.og_marl_name}",
-        uid=vault.uid or f"{datetime.datetime.now():%Y%m%d%H%M%S}-{secrets.token_hex(4)}",
-        extra_leaves=tuple(dict.fromkeys((*task.extra_leaves, *vault.extra_leaves))),
-    )
-    path, count = run_path(vault.name, vault.uid, vault.rel_dir), jax.process_count()
-    others = find_parts(path) - set(part_paths(path, count))
-    require(not others, f"{path} is of another number of processes than {count}")
-    is_taken = gather(np.array([own_path(vault).exists()])).any() and not resume
-    remedy = "choose another vault.uid, or go on by checkpoint.resume"
-    require(not is_taken, f"{own_path(vault)} exists already: {remedy}")
-    system = dataclasses.replace(system, num_updates=updates)
-    env_config = EnvConfig(task.scenario, config.env.time_limit or task.time_limit)
-    config = dataclasses.replace(config, system=system, env=env_config, vault=vault)
+    task = find_task(config.env.scenario, env)
+    scenario = config.env.scenario
+    time_limit = config.env.time_limit or task.time_limit
+    if env is not None:
+        require(
+            time_limit == env.time_limit,
+            f"env.time_limit is {time_limit}, but that of {task.marl_eval_name} {env.time_limit}",
+        )
+        scenario = task.marl_eval_name if scenario in TASKS else scenario
 
-    # All processes learn of it if one of them was given something else.
-    first = jax.eval_shape(make_env(env_config, False, env).reset, jax.random.PRNGKey(0))
-    arch = dataclasses.replace(arch, process_id=None, coordinator_address=None)
-    given = fixed_settings(config), system, arch, vault.uid, vault.save_interval, resume
-    digests = gather(np.uint32([zlib.crc32(repr((given, jax.tree.leaves(first))).encode())]))
-    differ = "the processes were given different settings or environments: give all the same"
-    require(len(set(digests.tolist())) == 1, differ)
-    return config
+    # WHAT WAS LEFT OPEN
+    return dataclasses.replace(
+        config,
+        system=dataclasses.replace(system, num_updates=num_updates),
+        env=EnvConfig(scenario, time_limit),
+        vault=dataclasses.replace(
+            vault,
+            name=vault.name or f"ff_ippo_{task.og_marl_name}",
+            uid=vault.uid or time.strftime("%Y%m%d%H%M%S-") + secrets.token_hex(4),
+            extra_leaves=tuple(dict.fromkeys((*task.extra_leaves, *vault.extra_leaves))),
+        ),
+    )
+
+
+def check_processes(metadata: dict):
+    """Raise a `ConfigError`, in all processes, if one of them was given something else."""
+    digest = zlib.crc32(repr(settings_without(metadata, OWN_SETTINGS)).encode())
+    digests = gather(np.array([digest], np.uint32))
+    require(
+        (digests == digests[0]).all(),
+        "the processes were given different settings or environments: give all the same",
+    )
+
+
+def check_folder(vault: VaultConfig, resume: bool) -> Path:
+    """The folder of this process; a `ConfigError`, in all processes, where it is taken."""
+    path = run_path(vault.name, vault.uid, vault.rel_dir)
+    count = jax.process_count()
+    names = [part_name(vault.uid, index, count) for index in range(count)]
+    found = {part.name for part in find_parts(path) if part.exists()}
+    require(found <= set(names), f"{path} is of another number of processes than {count}")
+    own = path.with_name(names[jax.process_index()])
+    is_taken = gather(np.array([own.exists()])).any() and not resume
+    require(
+        not is_taken,
+        f"{own} exists already: choose another vault.uid, or go on by checkpoint.resume",
+    )
+    return own
+
+
+# ---- RUN -----------------------------------------------------------------------------------------
+def make_metadata(config: Config, task: Task, experience: ArrayTree) -> dict:
+    """What `metadata.json` says of leaves (D, NU, UB, T, NE, ...)."""
+    *_, num_agents, num_actions = experience["legal_action_mask"].shape
+    packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
+    metadata = {
+        **dataclasses.asdict(config),
+        "task": task._replace(make=None)._asdict(),
+        "num_agents": num_agents,
+        "num_actions": num_actions,
+        "num_devices": jax.local_device_count(),
+        "num_processes": jax.process_count(),
+        "num_updates_per_eval": config.system.num_updates // config.arch.num_evaluation,
+        "jax_threefry_partitionable": jax.config.jax_threefry_partitionable,
+        "jax_default_prng_impl": jax.config.jax_default_prng_impl,
+        "jax_enable_x64": jax.config.jax_enable_x64,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    plain = lambda x: x.item() if isinstance(x, np.generic) else str(x)  # a number, or a path
+    return json.loads(json.dumps(metadata, default=plain))
 
 
 class Recorder:
     """What a process keeps on disk: vault, checkpoints and metrics, in a folder of its own."""
 
-    def __init__(self, config: Config, task: Task, experience: dict[str, Any], mesh: Mesh):
+    def __init__(self, path: Path, metadata: dict, experience: ArrayTree, mesh: Mesh):
         """For leaves (D, NU, UB, T, NE, ...), of which it keeps those of its own devices."""
-        self.config, self.task, self.mesh, self.path = config, task, mesh, own_path(config.vault)
-        own = lambda x: jax.ShapeDtypeStruct((jax.local_device_count(), *x.shape[1:]), x.dtype)
-        experience = jax.tree.map(own, experience)
-        mask = experience["legal_action_mask"]
-        num_devices, num_updates, *_, num_agents, num_actions = mask.shape
-        packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
-        self.metadata = {
-            **dataclasses.asdict(config),
-            "task": {"og_marl_name": task.og_marl_name, "actions": task.actions},
-            **{"num_agents": num_agents, "num_actions": num_actions},
-            **{"num_devices": num_devices, "num_updates_per_eval": num_updates},
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-        }
-        self.rows = jax.eval_shape(reshape_experience, experience)
-        num_rows, self.rollout_length = self.rows["done"].shape[:2]
-        most = 2**30 // sum(x.size * x.dtype.itemsize for x in self.rows.values())  # in 1 GB
-        self.save_interval = max(1, min(config.vault.save_interval, most))
-        self.num_new = self.num_written = 0  # evaluations
-        if config.vault.save:
-            buffer = make_buffer(num_rows, max(2, self.save_interval * self.rollout_length))
-            transition = jax.tree.map(lambda x: np.zeros(x.shape[2:], x.dtype), self.rows)
-            # On the host, it takes none of an accelerator's memory.
-            host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-            self.buffer_state = jax.jit(buffer.init, out_shardings=host)(transition)
-            add = lambda state, new: buffer.add(state, reshape_experience(new))
-            self.add = jax.jit(add, donate_argnums=0)  # in place: there is no second buffer
+        self.path = path
+        self.metadata = metadata
+        self.mesh = mesh
+        self.is_saving = metadata["vault"]["save"]
+        own = lambda x: x[: jax.local_device_count()]
+        self.rows = jax.eval_shape(lambda x: reshape_experience(jax.tree.map(own, x)), experience)
+        self.rollout_length = self.rows["done"].shape[1]
+        evaluation_size = sum(x.size * x.dtype.itemsize for x in self.rows.values())  # bytes
+        # No more than a buffer of 1 GB holds.
+        self.save_interval = max(
+            1, min(metadata["vault"]["save_interval"], 2**30 // evaluation_size)
+        )
 
     @contextlib.contextmanager
     def open(self, progress: Progress) -> Iterator[Progress]:
         """Begin in a new folder, or go on from the checkpoint in the one that is there."""
-        vault = self.config.vault
         if not self.path.exists():
+            load_from = self.metadata["checkpoint"]["load_params"]
+            begin = with_params(progress, load_from, self.mesh) if load_from else progress
             with whole_folder(self.path) as folder:
-                if vault.save:
+                if self.is_saving:
                     make_vault(folder, self.rows, self.rollout_length, self.metadata)
                 folder.mkdir(exist_ok=True)
-                save_checkpoint(folder, self.config, progress, self.mesh)
+                save_checkpoint(folder, self.metadata, begin, self.mesh)
         with (self.path / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1461,41 +1781,51 @@ class Recorder:
                 raise ConfigError(f"another process is recording into {self.path}") from error
             # Of several processes that were killed, one may have a checkpoint more than another.
             files = find_checkpoints(self.path)
-            self.num_written = int(gather(np.array([max(files)])).min())
-            for newer in set(files) - set(range(self.num_written + 1)):
-                files[newer].unlink()
-            self.progress = load_checkpoint(files[self.num_written], self.config, progress)
-            if vault.save:
+            self.num_written = int(gather(np.array([max(files)])).min())  # evaluations on disk
+            for number, newer in files.items():
+                if number > self.num_written:
+                    newer.unlink()
+            self.progress = load_checkpoint(
+                files[self.num_written], self.metadata, progress, self.mesh
+            )
+            if self.is_saving:
                 # TensorStore's next write would go into such a file of a process that was killed,
                 # without truncating it, and make the vault unreadable.
                 for stale in self.path.rglob("*.__lock"):
                     stale.unlink()
-                self.vault, _ = open_vault(vault.name, self.path.name, vault.rel_dir)
+                vault = Vault(str(self.path.parent), vault_uid=self.path.name)
+                self.writer = VaultWriter(vault, self.rows, self.save_interval)
             yield self.progress
 
-    def store(self, experience: dict[str, Array], progress: Progress) -> None:
+    def store(self, experience: ArrayTree, progress: Progress):
         """Add what led to `progress` to the buffer, and write what is new if that is due."""
-        if self.config.vault.save:
-            own_part = multihost_utils.global_array_to_host_local_array
-            experience = jax.device_get(own_part(experience, self.mesh, SHARDED))
-            index = self.num_new * self.rollout_length  # from the beginning, once written
-            self.buffer_state = self.add(self.buffer_state.replace(current_index=index), experience)
-        self.num_new, self.progress = self.num_new + 1, progress
+        if self.is_saving:
+            self.writer.add(own_part(experience, self.mesh, SHARDED))
+        self.progress = progress
         if (len(progress.evaluations) - 1) % self.save_interval == 0:
             self.write()
 
-    def write(self) -> None:
+    def write(self):
         """Write what is new, the vault first: no checkpoint knows of more than it holds."""
-        num_done, length = len(self.progress.evaluations), self.num_new * self.rollout_length
-        if self.num_new == 0:
+        num_done = len(self.progress.evaluations)
+        if num_done == self.num_written:
             return
-        if self.config.vault.save:
-            # Neither after what failed, nor after what a run that was killed had written too much.
-            self.vault.vault_index = num_done * self.rollout_length - length
-            self.vault.write(self.buffer_state, source_interval=(0, length))
-        save_checkpoint(self.path, self.config, self.progress, self.mesh)
-        write_metrics(self.config, self.task, self.progress.evaluations)
-        self.num_new, self.num_written = 0, num_done
+        if self.is_saving:
+            # What a run that was killed had written behind its checkpoint is overwritten.
+            self.writer.vault.vault_index = self.num_written * self.rollout_length
+            self.writer.write()
+        save_checkpoint(self.path, self.metadata, self.progress, self.mesh)
+        write_metrics(self.path, self.metadata, self.progress.evaluations)
+        self.num_written = num_done
+
+
+def check_finite(finite: np.ndarray, first_step: int, num_steps: int):
+    """Raise a FloatingPointError that tells at which step one of the NU updates diverged."""
+    if not finite.all():
+        step = first_step + (finite.argmin() + 1) * num_steps // len(finite)
+        raise FloatingPointError(
+            f"a loss is not finite at step {step:,}: lower system.actor_lr and system.critic_lr"
+        )
 
 
 class ExperimentResult(NamedTuple):
@@ -1509,21 +1839,22 @@ class ExperimentResult(NamedTuple):
     absolute_metric: float | None  # mean return of `params` over more episodes, if asked for
 
 
-def save_results(result: ExperimentResult, task: Task) -> None:
+def save_results(result: ExperimentResult, metadata: dict):
     """Write the metrics and draw the pictures of a finished run."""
     vault, path = result.config.vault, result.path
-    write_metrics(result.config, task, result.evaluations, result.absolute_metric)
+    write_metrics(path, metadata, result.evaluations, result.absolute_metric)
     plot_learning_curve(result.evaluations).savefig(path / "learning_curve.png")
     if vault.save:
         try:
             plot_dataset(vault.name, vault.uid, vault.rel_dir).savefig(path / "dataset.png")
         except ConfigError as error:  # of several processes, each with a disk of its own
-            print(f"dataset.png is not drawn: {error}")
+            log(f"dataset.png is not drawn: {error}")
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
-    print(f"recorded: {result.num_timesteps:,} steps, with all else {size:,.1f} MB, in {path}")
+    log(f"recorded: {result.num_timesteps:,} steps, with all else {size:,.1f} MB, in {path}")
 
 
 @jax.numpy_dtype_promotion("standard")  # Optax and Jumanji do not work with "strict"
+@jax.enable_custom_prng(False)  # the keys of a run are arrays, as checkpoints hold them
 def run_experiment(
     config: Config = Config(), env: Environment | None = None, stop: threading.Event | None = None
 ) -> ExperimentResult:
@@ -1531,38 +1862,41 @@ def run_experiment(
 
     Raises a `ConfigError` before anything is recorded, and a FloatingPointError where it diverges.
     """
-    mesh, is_first = Mesh(np.array(jax.devices()), ("device",)), jax.process_index() == 0
-    config, stop = check_config(config, mesh.size, env), stop or threading.Event()
-    system, arch, vault, task = config.system, config.arch, config.vault, find_task(config.env, env)
-    env = make_env(config.env, system.add_agent_id, env)
-    log = functools.partial(tqdm.write, file=sys.stdout if is_first else io.StringIO())
-
     # INITIALISE
-    num_updates = system.num_updates // arch.num_evaluation  # NU
-    learn = make_learn(env, system, num_updates, mesh, vault.extra_leaves)
+    stop = stop or threading.Event()
+    mesh = Mesh(np.array(jax.devices()), ("device",))
+    config = check_config(config, mesh.size, env)
+    system, arch, vault = config.system, config.arch, config.vault
+    task = find_task(config.env.scenario, env)
+    env = AgentWrapper(task.make(config.env.time_limit), system.add_agent_id)
+    num_evaluation = arch.num_evaluation  # E
+    num_updates = system.num_updates // num_evaluation  # NU
+    select = functools.partial(select_leaves, extra_leaves=vault.extra_leaves)
+    learn = make_learn(env, system, num_updates, mesh, select)
     evaluate = make_evaluate(env, arch.num_eval_episodes, arch.evaluation_greedy, mesh)
     progress = init_progress(config, env, mesh)
     experience = jax.eval_shape(learn, progress.state).experience
     num_steps = math.prod(experience["done"].shape[:5])  # environment steps in an evaluation
-    recorder = Recorder(config, task, experience, mesh)
-
+    metadata = make_metadata(config, task, experience)
+    check_processes(metadata)
+    path = check_folder(vault, config.checkpoint.resume)
+    recorder = Recorder(path, metadata, experience, mesh)
     # BEGIN in a new folder, or RESUME
     with recorder.open(progress) as progress, ThreadPoolExecutor(1) as disk:
         run = f"{config.env.scenario}, seed {system.seed}, {mesh.size} {jax.default_backend()}"
-        log(f"{run}: {arch.num_evaluation * num_steps:,} steps, in {recorder.path}")
-        num_done, stopped, stored = len(progress.evaluations), False, disk.submit(int)
-        is_hidden = not is_first or not (sys.stdout.isatty() or "ipykernel" in sys.modules)
-        bar = tqdm(total=arch.num_evaluation, initial=num_done, file=sys.stdout, disable=is_hidden)
+        log(f"{run}: {num_evaluation * num_steps:,} steps, in {path}")
+        num_done = len(progress.evaluations)
+        has_bar = jax.process_index() == 0 and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+        bar = tqdm(total=num_evaluation, initial=num_done, file=sys.stdout, disable=not has_bar)
+        stopped = False
+        storing = disk.submit(recorder.write)  # what the disk is doing; there is nothing new yet
         try:
-            for index in range(num_done, arch.num_evaluation):
+            for index in range(num_done, num_evaluation):
                 # TRAIN
                 start = time.perf_counter()
                 output = jax.block_until_ready(learn(progress.state))
                 speed = num_steps / (time.perf_counter() - start)
-                if not (finite := jax.device_get(output.finite)).all():
-                    step = (index + (finite.argmin() + 1) / num_updates) * num_steps
-                    remedy = "lower system.actor_lr and system.critic_lr"
-                    raise FloatingPointError(f"a loss is not finite at step {step:,.0f}: {remedy}")
+                check_finite(jax.device_get(output.finite), index * num_steps, num_steps)
 
                 # EVALUATE the parameters that the update has just produced
                 eval_key, evaluated = evaluate(output.state.actor, progress.eval_key)
@@ -1581,8 +1915,8 @@ def run_experiment(
                 progress = progress.add(output.state, eval_key, evaluation)
 
                 # RECORD it, beside the next one's training
-                stored.result()  # raises what failed
-                stored = disk.submit(recorder.store, output.experience, progress)
+                storing.result()  # raises what failed
+                storing = disk.submit(recorder.store, output.experience, progress)
                 del output  # so that its experience is not held while the next is made
 
                 # LOG
@@ -1592,56 +1926,65 @@ def run_experiment(
                     break
         finally:  # whatever ended the run, what was logged is written
             bar.close()
-            for future in (stored, disk.submit(recorder.write)):
+            for future in (storing, disk.submit(recorder.write)):
                 future.result()
             if stopped or isinstance(sys.exception(), KeyboardInterrupt):  # of a notebook
-                done = f"{len(progress.evaluations)} of {arch.num_evaluation} evaluations"
+                done = f"{len(progress.evaluations)} of {num_evaluation} evaluations"
                 flags = f"--checkpoint.resume --vault.uid {vault.uid}"
                 log(f"stopped after {done}: to go on, run the same with {flags}")
 
-    # ABSOLUTE METRIC of the best parameters, PICTURES
+    # ABSOLUTE METRIC of the best parameters, RESULT
     absolute_metric = None
     if arch.absolute_metric and not stopped:
         actor = progress.state.actor.replace(params=progress.best_params.actor)
         _, evaluated = evaluate(actor, progress.eval_key, arch.num_absolute_metric_eval_episodes)
         absolute_metric = float(evaluated.episode_return.mean())
         log(f"absolute metric: {absolute_metric:.2f} (mean episode return)")
+
     multihost_utils.sync_global_devices("recorded")
-    num_timesteps = vault.save * len(progress.evaluations) * num_steps
-    recorded, params = (recorder.path, num_timesteps), jax.device_get(progress.best_params)
-    result = ExperimentResult(config, *recorded, progress.evaluations, params, absolute_metric)
-    if is_first and not stopped:
-        save_results(result, task)
+    result = ExperimentResult(
+        config=config,
+        path=path,
+        num_timesteps=len(progress.evaluations) * num_steps if vault.save else 0,
+        evaluations=progress.evaluations,
+        params=jax.device_get(progress.best_params),
+        absolute_metric=absolute_metric,
+    )
+    if jax.process_index() == 0 and not stopped:
+        save_results(result, metadata)
     return result
 
 
 # ---- COMMAND LINE --------------------------------------------------------------------------------
-def main(env: Environment | None = None) -> None:
+def main(env: Environment | None = None):
     """The command line: every field of `Config` is a flag, such as --system.num-updates 10."""
-    config, stop, caught = tyro.cli(Config), threading.Event(), []
+    config = tyro.cli(Config)
 
-    def catch(number, _):
+    # SIGNALS: the first ends the run after the evaluation under way, a second at once
+    stop, caught = threading.Event(), []
+
+    def catch(number, frame):
         caught.append(number)
         stop.set()
         for each in handlers:
-            signal.signal(each, signal.SIG_DFL)  # a second signal ends the process at once
+            signal.signal(each, signal.SIG_DFL)
 
     handlers = {each: signal.signal(each, catch) for each in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.suppress(AttributeError):  # of a notebook
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows how far it is
     try:
         result = run_experiment(config, env, stop)
-        if len(result.evaluations) == config.arch.num_evaluation and not caught:
-            return
-        sys.exit(128 + (*caught, signal.SIGTERM)[0])  # of several processes, another caught it
-    except (ValueError, FloatingPointError, OSError) as error:
-        problem, is_full = str(error).partition("\n")[0], "No space left" in str(error)
+    except (FloatingPointError, OSError, ValueError) as error:
+        is_full = "No space left" in str(error)  # a ValueError, if TensorStore raises it
         if type(error) is ValueError and not is_full:
             raise
+        remedy = ": make room, then use checkpoint.resume" if is_full else ""
+        sys.exit(f"error: {str(error).splitlines()[0]}{remedy}")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    sys.exit(f"error: {problem}{': make room, then use checkpoint.resume' if is_full else ''}")
+    if caught:
+        sys.exit(128 + caught[0])
+    if len(result.evaluations) < config.arch.num_evaluation:  # another process caught it
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not pasted into a notebook

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of ff_ippo_store_experience.py: `pytest test_script.py`."""
 
+import os
+
+# XLA compiles faster, for programs that are seldom run; the test of the original's data does not.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import ast
 import asyncio
 import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
+import inspect
 import io
 import itertools
 import json
 import math
-import os
 import pty
 import re
 import select
@@ -170,7 +177,7 @@ def check_equal(path, other):
 
 def jumanji_env(scenario, time_limit):
     """Jumanji's own environment of a scenario, without anything of ours."""
-    env = ippo.TASKS[scenario].make(time_limit)
+    env = ippo.TASKS[scenario].make(time_limit).unwrapped
     make = RobotWarehouse if isinstance(env, RobotWarehouse) else LevelBasedForaging
     return make(env._generator, time_limit=time_limit)
 
@@ -178,7 +185,10 @@ def jumanji_env(scenario, time_limit):
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Many tests build the same learner: XLA compiles it once, also for other processes."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, with a folder of its own
+        folder = folder.parent
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compilation_cache"))
     options = {"compilation_cache_dir": folder, "persistent_cache_min_compile_time_secs": 0}
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in options.items():
@@ -279,15 +289,15 @@ one_recording = lambda name: pytest.mark.parametrize("recording", [name], indire
 
 
 def walk_episodes(done, first=0):
-    """Complete episodes of streams whose dones are (B, time), from the timestep `first` on.
+    """Complete episodes of streams whose dones are (B, time), which begin at `first` or later.
 
     Returns (end, stream, begin) of each, one stream after the other.
     """
     episodes = []
     for stream, ends in enumerate(done):
-        begin = 0 if first == 0 else None
-        for end in first + np.flatnonzero(ends[first:]):
-            if begin is not None:
+        begin = 0
+        for end in np.flatnonzero(ends):
+            if begin >= first:
                 episodes.append((int(end), stream, begin))
             begin = int(end) + 1
     return episodes
@@ -416,7 +426,7 @@ def test_every_task_has_what_its_name_says():
     for scenario, task in TASKS.items():
         config = small_config(f"--env.scenario {scenario} --env.time-limit None")
         config = ippo.check_config(config, 1)
-        env = ippo.make_env(config.env).unwrapped
+        env = ippo.make_env(config.env.scenario, config.env.time_limit).unwrapped
         limit = 500 if isinstance(env, RobotWarehouse) else 100
         assert config.env.time_limit == env.time_limit == limit
         assert len(task.actions) == np.max(env.action_spec.num_values)
@@ -491,14 +501,14 @@ MISTAKES = {
     "no view": (changed(lambda x, y: (x, y.replace(observation=FLAT))), "no agents_view of shape"),
     "no actions": (unmasked(action_spec=None), "Walk has no action_mask .* discrete actions"),
     "continuous": (unmasked(action_spec=BOX), "Walk has no action_mask .* discrete actions"),
-    "reward": (with_step(reward=jnp.zeros(3)), r"reward of Walk has the shapes .*\(3,\).*, not"),
-    "rewards": (with_step(reward={"a": 0.0}), "reward of Walk has the shapes .*None.*, not"),
-    "step_type": (with_step(step_type=jnp.zeros(2, int)), "step_type of Walk has the shapes"),
+    "reward": (with_step(reward=jnp.zeros(3)), r"reward of Walk has the shape \(3,\), not"),
+    "rewards": (with_step(reward={"a": 0.0}), "reward of Walk has the shape None, not"),
+    "step_type": (with_step(step_type=jnp.zeros(2, int)), r"step_type of Walk .* \(2,\), not"),
     "global_state": (changed(total, total), r"the global_state of Walk is not of shape \(S,\)"),
-    "state": (changed(step=later), r"state.step_count of Walk is int32\(\) after .* float32\(\)"),
+    "state": (changed(step=later), r"'state/step_count': .* int32 != float32.*Walk returns"),
     "observation": (
         with_step(observation=ippo.Observation(jnp.zeros((2, 4)), jnp.ones((2, 3), bool))),
-        r"observation.agents_view of Walk is int32\(2, 3\) after reset, but float32\(2, 4\) after",
+        r"'observation/agents_view': .* \(2, 3\) != \(2, 4\).*Walk returns the first by reset",
     ),
     "one key": (
         changed(lambda state, timestep: (state._replace(key=jax.random.PRNGKey(0)), timestep)),
@@ -529,16 +539,19 @@ def test_a_mistake_in_your_own_environment_is_told_in_a_line_that_names_it(mista
 
 
 def test_episodes_that_all_begin_alike_are_told_of(tmp_path, capsys):
-    experiment(tmp_path, env=changed(blind))
-    assert capsys.readouterr().out.startswith("16 resets of Walk with 16 keys began with 1 differ")
+    experiment(tmp_path, env=changed(blind, blind))
+    note = "all episodes of Walk begin with the same observation"
+    assert capsys.readouterr().out.startswith(note)
+    experiment(tmp_path, "--vault.uid b", Walk(2, True, False))
+    assert note not in capsys.readouterr().out
 
 
 def test_an_evaluation_ends_at_the_time_limit():
-    env = ippo.make_env(small_config().env, env=with_step(step_type=StepType.MID))
+    env = ippo.AgentWrapper(with_step(step_type=StepType.MID), add_agent_id=True)
     observation = env.reset(jax.random.PRNGKey(0))[1].observation
-    actor, _ = ippo.init_networks(ippo.Config(), observation, jax.random.PRNGKey(0))
+    actor, _ = ippo.init_networks(ippo.NetworkConfig(), observation, jax.random.PRNGKey(0))
     evaluate = ippo.make_evaluate(env, 4, False, Mesh(np.array(jax.devices()), ("device",)))
-    with pytest.raises(ippo.ConfigError, match="Walk has not ended at its time_limit, 10"):
+    with pytest.raises(ippo.ConfigError, match="not ended at its environment's time_limit, 10"):
         evaluate(actor, jax.random.PRNGKey(0))
 
 
@@ -628,8 +641,10 @@ def test_update_minibatch_follows_the_mean_of_the_batches_gradients():
     advantage = normal(keys[3], shape) * scale + scale  # batches normalise differently
     target = 10 * normal(keys[4], shape)  # gradients that are clipped
     batch = (transition, advantage, target)
-    system = ippo.SystemConfig(actor_lr=1e-3, critic_lr=2e-3, max_grad_norm=0.4)
-    actor, critic = ippo.init_networks(ippo.Config(system), observation, keys[5])
+    system = ippo.SystemConfig()
+    actor, critic = ippo.init_networks(
+        ippo.NetworkConfig(), observation, keys[5], actor_lr=1e-3, critic_lr=2e-3, max_grad_norm=0.4
+    )
     mesh, specs = Mesh(np.array(jax.devices()[:1]), ("device",)), (PartitionSpec(),)
     update = functools.partial(ippo.update_minibatch, config=system)
     update = jax.shard_map(update, mesh=mesh, in_specs=specs * 4, out_specs=specs[0])
@@ -653,9 +668,9 @@ def test_update_minibatch_follows_the_mean_of_the_batches_gradients():
 
 def actor_with(params, config):
     """The actor of a run, with these parameters, and what its critic calls."""
-    env = ippo.make_env(config.env, config.system.add_agent_id)
+    env = ippo.make_env(**vars(config.env), add_agent_id=config.system.add_agent_id)
     observation = env.reset(jax.random.PRNGKey(0))[1].observation
-    actor, critic = ippo.init_networks(config, observation, jax.random.PRNGKey(0))
+    actor, critic = ippo.init_networks(config.network, observation, jax.random.PRNGKey(0))
     return env, actor.replace(params=params.actor), critic.apply_fn
 
 
@@ -696,9 +711,9 @@ def test_a_short_run_learns_and_its_policy_is_recorded_as_it_is(tmp_path):
 def test_evaluation_against_playing_the_episodes_by_hand(greedy):
     num_episodes, key = 12, jax.random.PRNGKey(5)
     theirs = Walk(3, True, False)
-    env = ippo.make_env(small_config().env, add_agent_id=False, env=theirs)
+    env = ippo.AgentWrapper(theirs, add_agent_id=False)
     observation = env.reset(jax.random.PRNGKey(0))[1].observation
-    actor, _ = ippo.init_networks(ippo.Config(), observation, jax.random.PRNGKey(9))
+    actor, _ = ippo.init_networks(ippo.NetworkConfig(), observation, jax.random.PRNGKey(9))
     metrics = jax.jit(lambda key: ippo.evaluate(env, actor, key, num_episodes, greedy))(key)
 
     reset, step = jax.jit(jax.vmap(theirs.reset)), jax.jit(jax.vmap(theirs.step))
@@ -723,7 +738,7 @@ def test_evaluation_against_playing_the_episodes_by_hand(greedy):
 def test_two_devices_record_and_evaluate_as_one_with_two_batches_does(tmp_path):
     # A rate at which who leaves out the other device's gradients soon acts otherwise.
     arguments = "--arch.num-evaluation 1 --system.actor-lr 0.01 "
-    arguments += "--arch.num-absolute-metric-eval-episodes 10 "
+    arguments += "--arch.num-absolute-metric-eval-episodes 10 --arch.num-eval-episodes 3 "
     one_batch = f"{arguments} --system.update-batch-size 1"
     assert start(tmp_path, one_batch, JAX_NUM_CPU_DEVICES="2").wait(120) == 0
     one, two = experiment(tmp_path / "one", arguments), tmp_path / RUN
@@ -733,18 +748,18 @@ def test_two_devices_record_and_evaluate_as_one_with_two_batches_does(tmp_path):
         assert_equal(recorded[name].reshape(expected.shape), expected)
     # The streams of two devices are put together as those of two batches.
     assert_equal(ippo.load_episodes(*where(two)), ippo.load_episodes(*where(one.path)))
-    # Two of the four episodes are on each device, with a key of its own.
+    # Two episodes are on each device, with a key of its own, and the fourth is left out.
     params = ippo.load_params(two)
     close = functools.partial(np.testing.assert_allclose, atol=1e-4)
     jax.tree.map(close, tuple(params), tuple(one.params))
     env, actor, _ = actor_with(params, one.config)
     evaluate = jax.jit(lambda key: ippo.evaluate(env, actor, key, 2).episode_return)
     key, returns = jax.random.split(jax.random.PRNGKey(42), 3)[1], []
-    for _ in range(4):  # the evaluation, and the absolute metric in three parts
+    for _ in range(5):  # the evaluation, and the absolute metric in four parts
         key, *device_keys = jax.random.split(key, 3)
         returns.append(np.concatenate([evaluate(key) for key in device_keys]))
     metrics = read_metrics(two)["Walk"]["walk"]["ff_ippo"]["seed_42"]
-    assert metrics["step_0"]["mean_episode_return"] == [pytest.approx(returns[0].mean())]
+    assert metrics["step_0"]["mean_episode_return"] == [pytest.approx(returns[0][:3].mean())]
     absolute = np.concatenate(returns[1:])[:10].mean()
     assert metrics["absolute_metrics"]["mean_episode_return"] == [pytest.approx(absolute)]
 
@@ -833,16 +848,14 @@ def test_a_recording_without_a_complete_episode_is_exported_and_drawn_all_the_sa
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("env.scenario", "huge-9ag", r"env.scenario 'huge-9ag' is unknown: .*tiny-2ag"),
+        ("env.scenario", "huge-9ag", "there is no 'huge-9ag': there are tiny-2ag, .*15x15-4p-5f"),
         ("system.num_updates", 5, r"num_updates is 5: .* arch.num_evaluation, 2: set that to 1"),
-        ("system.num_updates", 4.0, "system.num_updates is 4.0: it must be int"),
         ("system.num_minibatches", 5, r"num_minibatches is 5: it must divide .* 64"),
         ("system.seed", -1, "system.seed is -1: it must be from 0 to 4294967295"),
         ("system.gamma", 1.5, "system.gamma is 1.5: it must be from 0 to 1"),
         ("system.actor_lr", math.nan, "system.actor_lr is nan: it must be from 0"),
         ("network.actor_layer_sizes", (8, 0), r"actor_layer_sizes is \(8, 0\): it must be from 1"),
-        ("vault.extra_leaves", ("q_value",), "'q_value'.*log_prob, value"),
-        ("vault.uid", 7, "vault.uid is 7: it must be str"),
+        ("vault.extra_leaves", ("q_value",), "no 'q_value': there are .*log_prob, value"),
         ("vault.uid", "../x", r"ff_ippo_walk/../x' must be made of plain names"),
         ("arch.distributed", True, "come after jax.distributed.initialize"),
         ("checkpoint.resume", True, r"vault.uid is None: .* checkpoint.resume"),
@@ -870,8 +883,6 @@ def test_configuration_is_completed():
     assert completed.vault.extra_leaves == ("truncation", "value")
     uids = {ippo.check_config(config, num_devices=1).vault.uid for _ in range(100)}
     assert len(uids) == 100 and all(re.fullmatch(r"\d{14}-\w{8}", uid) for uid in uids)
-    with pytest.raises(ippo.ConfigError, match="multiple of the number of devices, 3"):
-        ippo.check_config(config, num_devices=3)
 
 
 def test_requirements_are_those_in_the_head_of_the_script():
@@ -887,7 +898,7 @@ def test_the_command_line_records_the_original_data(tmp_path):
     arguments = "--system.num-updates 5 --arch.num-evaluation 1 --arch.no-absolute-metric"
     arguments += " --vault.uid golden --vault.rel-dir somewhere"
     command = [sys.executable, SCRIPT, *arguments.split()]
-    environment = {**os.environ, "JAX_THREEFRY_PARTITIONABLE": "0"}
+    environment = {**os.environ, "JAX_THREEFRY_PARTITIONABLE": "0", "XLA_FLAGS": ""}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     experience = read_vault(tmp_path / "somewhere/ff_ippo_rware/golden")
     rows = len(experience["done"]) // len(GOLDEN)
@@ -1081,7 +1092,7 @@ def test_the_best_parameters_are_kept_and_evaluated_once_more(whole):
         ("--system.seed 7", "system.seed is 7, but 2 in the run that is to go on"),
         ("--network.actor-layer-sizes 16", r"network.actor_layer_sizes is \[16\], but \[8\] in"),
         ("--arch.num-eval-episodes 8", "arch.num_eval_episodes is 8, but 4 in"),
-        ("--system.num-updates 5", "is 1, but 2 in the run that is to go on"),
+        ("--system.num-updates 5", "num_updates_per_eval is 1, but 2 in the run that is to go on"),
         ("--vault.no-save", "vault.save is False, but True in"),
         (evaluations(2), "arch.num_evaluation is 2, but 5 are done already"),
         ("", "jax_threefry_partitionable is False, but True in"),
@@ -1169,7 +1180,7 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
     # Nothing was shared.  To be read as one, the parts are brought together.
     together, whole = tmp_path / "0/vaults/ff_ippo_walk", tmp_path / RUN
     path, split = together / "a", "bring together"
-    with pytest.raises(ippo.ConfigError, match=rf"has a-p0of2: {split}"):
+    with pytest.raises(ippo.ConfigError, match=rf"has a-p0of2, of a run of 2 processes: {split}"):
         ippo.load_episodes(*where(path))
     shutil.copytree(tmp_path / "1/vaults/ff_ippo_walk/a-p1of2", together / "a-p1of2")
     shutil.copytree(together / "a-p0of2", together / "a-profile")  # is no part of it
@@ -1181,8 +1192,8 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
     assert read_metrics(parts[0]) == read_metrics(whole)
     with pytest.raises(ippo.ConfigError, match="of another number of processes than 1"):
         experiment(tmp_path / "0", evaluations(40) + RESUME)
-    parts[1].rename(together / "a-p2of3")
-    with pytest.raises(ippo.ConfigError, match=rf"has a-p0of2, a-p2of3: {split}"):
+    shutil.copytree(parts[1], together / "a-p2of3")
+    with pytest.raises(ippo.ConfigError, match=rf"has a-p0of2, a-p1of2, a-p2of3, of .*{split}"):
         ippo.load_episodes(*where(path))
 
 
@@ -1229,7 +1240,7 @@ def execute(folder, *cells):
 
 def test_readmes_cells_percent_run_and_the_pasted_file_work_in_a_notebook(tmp_path):
     (cell,) = readme_code("In a notebook")
-    (adapter,) = readme_code("Your own environment")
+    (adapter,) = readme_code("An environment of JaxMARL")
     execute(tmp_path, adapter.partition("smax = ")[0] + "\nJaxMARL(None, 6)")
     requirements = (FOLDER / "requirements.txt").read_text().splitlines()
     installed = re.findall(r"^%pip install -q (.*)\n", cell, re.M)
@@ -1367,15 +1378,15 @@ def replay_jaxmarl(env, endless, actions, keys):
     return jax.tree.map(lambda x: x.reshape(*actions.shape[:2], *x.shape[1:]), leaves)
 
 
-def test_readmes_adapter_records_what_jaxmarls_environments_do(tmp_path, monkeypatch, capsys):
+def test_the_guides_adapter_records_what_jaxmarls_environments_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = readme_code("Your own environment")
+    (code,) = readme_code("An environment of JaxMARL")
     variables = {}
-    exec(compile(assign(code, num_updates=1, num_evaluation=1), "README.md", "exec"), variables)
+    exec(compile(assign(code, num_updates=1, num_evaluation=1), "GUIDE.md", "exec"), variables)
     riddle = variables["JaxMARL"](jaxmarl.make("switch_riddle"), 6)
     config = ippo.Config(variables["system"], variables["arch"])
     ippo.run_experiment(dataclasses.replace(config, vault=ippo.VaultConfig(uid="riddle")), riddle)
-    assert "16 resets of JaxMARL with 16 keys began with 3 differ" in capsys.readouterr().out
+    assert "same observation" not in capsys.readouterr().out
     for scenario, options in (
         ("3m", ("HeuristicEnemySMAX", {"scenario": variables["map_name_to_scenario"]("3m")})),
         ("simple_spread", ("MPE_simple_spread_v3", {})),
@@ -1398,7 +1409,475 @@ def test_readmes_adapter_records_what_jaxmarls_environments_do(tmp_path, monkeyp
     assert {is_cut_off for is_cut_off, is_long in lasted if is_long} == {True, False}
 
 
+def test_readmes_environment_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = readme_code("Your own environment")
+    variables = {}
+    exec(assign(code, num_updates=2, num_evaluation=1), variables)
+    (path,) = Path("vaults/ff_ippo_corridor").iterdir()
+    episodes = ippo.load_episodes(*where(path.resolve()))
+    last = np.cumsum(episodes.length) - 1
+    # All that ends before the time limit has reached the end of the corridor, and is paid for.
+    truncation = episodes.transitions["truncation"][last, 0]
+    assert {True, False} == set(truncation) and episodes.length.max() == 20
+    assert_equal(episodes.episode_return, np.float32(~truncation))
+
+
+def test_each_name_in_the_table_for_those_who_know_mava_is_there():
+    tree = ast.parse(SCRIPT.read_text())
+    inner = {x.name for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)}
+    used = {x.attr for x in ast.walk(tree) if isinstance(x, ast.Attribute)}
+    (section,) = [x for x in re.split(r"^## ", PAGES, flags=re.M) if x.startswith("Coming from")]
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", section, re.M)[2:]
+    names = re.findall(r"`([\w.]+)`", " ".join(right for _, right in rows))
+    assert len(rows) > 20 and len(names) > 40
+    for name in names:
+        first, *fields = name.split(".")
+        owner = getattr(ippo, first, None)
+        assert owner is not None or first in inner | used, name
+        assert all(field in dir(owner) for field in fields), name
+
+
 def test_readme_names_no_option_that_is_not_there():
     options = re.findall(r"--(\w+)\.(?:no-)?([\w-]+)", PAGES)
     groups = dataclasses.asdict(ippo.Config())
     assert len(options) > 5 and all(y.replace("-", "_") in groups[x] for x, y in options)
+
+
+def apply_diff(source, diff):
+    """The source changed by hunks that each begin with its top-level definition: @@ def NAME @@."""
+    _, *parts = re.split(r"^@@ (.*) @@\n", diff, flags=re.M)
+    for name, hunk in zip(parts[::2], parts[1::2], strict=True):
+        lines = hunk.splitlines(keepends=True)
+        assert {line[0] for line in lines} <= set(" -+")
+        old, new = ("\n" + "".join(x[1:] for x in lines if x[0] in kept) for kept in (" -", " +"))
+        (definition,) = re.findall(rf"^{name}\b.*?(?=^[^\s)]|\Z)", source, re.M | re.S)
+        assert definition.count(old) == 1, f"{name} does not have once:{old}"
+        source = source.replace(definition, definition.replace(old, new))
+    return source
+
+
+def check_central_critic(module, result, env):
+    num_agents, params = env.num_agents, result.params.critic
+    has_state = num_agents == 3
+    num_features = 3 if has_state else num_agents * (num_agents + 3)
+    assert params["params"]["torso"]["Dense_0"]["kernel"].shape[0] == num_features
+    critic = module.Critic(result.config.network.critic_layer_sizes)
+    view = np.random.default_rng(0).normal(size=(4, 3, 5, num_agents, num_agents + 3))
+    see = lambda view: module.Observation(view, None, view[..., 3] if has_state else None)
+    value = lambda view: np.asarray(critic.apply(params, see(view)))
+    before, after = value(view), value(view + np.eye(num_agents)[-1][:, None])
+    assert before.shape == (4, 3, 5, num_agents)  # as (T, B, N) and (UB, M, N)
+    changed = before != after  # by what the last agent sees
+    assert changed[..., 0].mean() > 0.5
+    np.testing.assert_allclose(value(view[0]), before[0], atol=1e-5)
+    np.testing.assert_allclose(value(view[0, 0]), before[0, 0], atol=1e-5)
+
+
+def check_layer_norm(module, result, env):
+    layers = {name: tree["params"] for name, tree in result.params._asdict().items()}
+    assert all(set(x["torso"]) == {"Dense_0", "LayerNorm_0"} for x in layers.values())
+    assert set(layers["actor"]["action_head"]) == {"Dense_0"}
+    x = np.random.default_rng(0).normal(size=(5, 6))
+    norm = module.Layers((8,))
+    params = norm.init(jax.random.PRNGKey(0), x)
+    assert_close = functools.partial(np.testing.assert_allclose, atol=1e-3)
+    assert_close(norm.apply(params, 100 * x), norm.apply(params, x))  # of any scale
+
+
+def check_schedule(module, result, env):
+    config, mesh = result.config, Mesh(np.array(jax.devices()[:1]), ("device",))
+    agents = module.AgentWrapper(env, config.system.add_agent_id)
+    key = jax.random.PRNGKey(0)
+    num_steps = config.system.ppo_epochs * config.system.num_minibatches  # of one update
+    for network in module.init_learner(key, config, agents, mesh)[:2]:
+        changes = []
+        for _ in range(num_steps + 1):  # along the same gradient, Adam's step is the learning rate
+            before = network.params
+            network = network.apply_gradients(grads=jax.tree.map(jnp.ones_like, before))
+            step = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), before, network.params)
+            changes.append(float(max(jax.tree.leaves(step))))
+        expected = 2.5e-4 * np.linspace(1, 0, num_steps + 1)
+        np.testing.assert_allclose(changes, expected, rtol=0.01, atol=1e-6)
+
+
+def check_next_mask(module, result, env):
+    leaves = ippo.restore_time_order(read_vault(result.path), 1, 1, 16)
+    goes_on = ~leaves["done"][:, :-1, 0]
+    now, after = leaves["next_legal_action_mask"][:, :-1], leaves["legal_action_mask"][:, 1:]
+    np.testing.assert_array_equal(now[goes_on], after[goes_on])
+    assert (now != after).any() and not after.all()
+
+
+CHECKS = [check_central_critic, check_layer_norm, check_schedule, check_next_mask]
+
+
+@pytest.mark.parametrize(
+    ("index", "num_agents"),
+    [(0, 2), (0, 3), (1, 2), (2, 2), (3, 2)],  # three have a global state
+)
+def test_guides_changes_of_the_algorithm_do_what_they_say(index, num_agents, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    diffs = readme_code("Changing the algorithm", "diff")
+    assert len(diffs) == len(CHECKS)
+    name = f"changed_{index}_{num_agents}"
+    spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+    Path(spec.origin).write_text(apply_diff(SCRIPT.read_text(), diffs[index]))
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    arguments = "--system.num-updates 1 --arch.num-evaluation 1 --arch.no-absolute-metric"
+    if CHECKS[index] is check_next_mask:
+        arguments += " --vault.extra-leaves next_observation next_legal_action_mask"
+    env = Walk(num_agents, True, False)
+    CHECKS[index](module, module.run_experiment(small_config(arguments), env), env)
+
+
+def test_guides_seeds_side_by_side_record_what_each_records_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ippo.TASKS, "tiny-2ag", WALK._replace(og_marl_name="rware"))
+    (code,) = readme_code("Several seeds side by side")
+    assert len(code.splitlines()) <= 25
+    variables = {}
+    exec(assign(code, num_seeds=3, num_updates=4, num_evaluation=2), variables)
+    config = variables["config"]
+    config = dataclasses.replace(
+        config,
+        system=dataclasses.replace(config.system, seed=1),
+        vault=dataclasses.replace(config.vault, uid="alone"),
+    )
+    alone = ippo.run_experiment(config).path
+    # Rounding makes the parameters of many updates differ, but the actions of a few do not.
+    assert_equal(read_vault(alone.with_name("seed-1")), read_vault(alone))
+    with pytest.raises(AssertionError):
+        assert_equal(read_vault(alone.with_name("seed-2")), read_vault(alone))
+    episodes = [ippo.load_episodes(*where(alone.with_name(uid))) for uid in ("seed-1", "alone")]
+    assert_equal(*episodes)
+    metadata = ippo.open_vault("ff_ippo_rware", "seed-2")[1]
+    assert metadata["system"]["seed"] == 2 and metadata["num_updates_per_eval"] == 2
+
+
+# ---- YOUR OWN LOOP: blocks and tables of the guide -----------------------------------------------
+OWN_LOOP = re.search(r"## Recording from your own training loop\n.*?(?=\n## )", PAGES, re.S)[0]
+IMPORTS, BLOCK = re.findall(r"```python\n(.*?)```", OWN_LOOP, re.S)
+TABLES = [
+    [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()[2:]]
+    for table in re.findall(r"(?:^\|.*\|\n)+", OWN_LOOP, re.M)
+]
+PLAIN, ONE_AGENT, SCANNED, BATCHIFIED = (row[1].strip("`") for row in TABLES[0])
+RECORDER = ("reshape_experience", "make_buffer", "make_vault", "append_to_vault", "VaultWriter")
+T, NE, N, NU, NUM_UPDATES = 5, 3, 2, 2, 14  # 14: with 10 rollouts in memory, two writes
+
+
+LoopState = collections.namedtuple("LoopState", "params position clock key")
+LoopTransition = collections.namedtuple("LoopTransition", "done reward obs action value")
+
+
+def loop_reset(shape):
+    return jnp.full(shape, 3)
+
+
+def loop_step(position, clock, action):
+    """Agents walk from 3; the episode ends when one is at 0 or at 6, or after 7 timesteps."""
+    position = jnp.clip(position + 2 * action - 1, 0, 6)
+    reward = jnp.where(position == 6, 1.0, -0.125) - position / 16  # sixteenths: sums are exact
+    is_end = ((position == 0) | (position == 6)).reshape(NE, -1).any(axis=1)
+    done = is_end | (clock + 1 >= 7)  # (NE,)
+    all_done = jnp.broadcast_to(done.reshape(NE, *[1] * (position.ndim - 1)), position.shape)
+    new_position = jnp.where(all_done, loop_reset(position.shape), position)
+    return new_position, jnp.where(done, 0, clock + 1), reward, all_done
+
+
+def loop_rollout(state):
+    def env_step(state, _):
+        key, action_key = jax.random.split(state.key)
+        obs = jax.nn.one_hot(state.position, 7)
+        action = jax.random.categorical(action_key, obs @ state.params["actor"])
+        position, clock, reward, done = loop_step(state.position, state.clock, action)
+        seen = LoopTransition(done, reward, obs, action, obs @ state.params["critic"])
+        return LoopState(state.params, position, clock, key), seen
+
+    return jax.lax.scan(env_step, state, None, T)
+
+
+@jax.jit
+def train_step(state):
+    """One update; leaves (T, NE, ...) or (T, NE, N, ...)."""
+    state, seen = loop_rollout(state)
+
+    def backward(following, x):
+        following = x.reward + 0.9 * following * (1 - x.done)
+        return following, following
+
+    _, target = jax.lax.scan(backward, jnp.zeros_like(seen.reward[0]), seen, reverse=True)
+
+    def loss(params):
+        log_prob = jax.nn.log_softmax(seen.obs @ params["actor"])
+        log_prob = jnp.take_along_axis(log_prob, seen.action[..., None], -1)[..., 0]
+        value_loss = jnp.square(seen.obs @ params["critic"] - target)
+        return (value_loss - log_prob * (target - seen.value)).mean()
+
+    grads = jax.grad(loss)(state.params)
+    return state._replace(params=jax.tree.map(lambda x, g: x - 0.1 * g, state.params, grads)), seen
+
+
+def loop_init(agents):
+    params = {"actor": jnp.zeros((7, 2)), "critic": jnp.zeros(7)}
+    return LoopState(params, loop_reset((NE, *agents)), jnp.zeros(NE, int), jax.random.PRNGKey(0))
+
+
+def record_loop(agents=(), write=PLAIN, convert=lambda x: x, change=None, block=BLOCK, **metadata):
+    """Run the page's block in the working directory; returns what the loop produced, by rollout."""
+    produced = []
+
+    def train(state):
+        outputs = []
+        for _ in range(NU if write == SCANNED else 1):
+            state, seen = train_step(state)
+            if change is not None:
+                seen = change(seen._asdict())
+            leaves = seen if change is not None else seen._asdict()
+            produced.append(jax.tree.map(np.asarray, leaves))
+            outputs.append(jax.tree.map(convert, seen))
+        stack = lambda *x: jnp.stack(x) if write == SCANNED else x[0]
+        return state, jax.tree.map(stack, *outputs)
+
+    assert block.count("x[None, None, None]") == 1
+    block = block.replace("x[None, None, None]", write)
+    calls = NUM_UPDATES // (NU if write == SCANNED else 1)
+    names = {
+        "T": T,
+        "NE": NE,
+        "N": N,
+        "num_updates": calls,
+        "state": loop_init(agents),
+        "train_step": train,
+    }
+    found = re.search(r"^metadata = (.*)$", block, re.M)
+    written = eval(found[1], {"T": T})
+    if write == SCANNED:
+        written["num_updates_per_eval"] = NU  # as the page's table says
+    written["system"] |= metadata.pop("system", {})
+    block = block.replace(found[0], f"metadata = {written | metadata}")
+    exec(block, names)
+    assert len(produced) == NUM_UPDATES
+    return produced
+
+
+def loop_episodes(produced):
+    """What `load_episodes` must give, by plain Python: (start, length, return, rows of leaves)."""
+    start, length, returns, steps = [], [], [], []
+    for env in range(NE):
+        stream = [(rollout, t) for rollout in produced for t in range(T)]
+        begin = 0
+        for i, (rollout, t) in enumerate(stream):
+            if np.ravel(rollout["done"][t, env])[0]:
+                episode = stream[begin : i + 1]
+                start.append(len(steps))
+                length.append(len(episode))
+                returns.append(sum(float(np.mean(r["reward"][s, env])) for r, s in episode))
+                steps += [(r, s, env) for r, s in episode]
+                begin = i + 1
+    leaves = {name: np.stack([r[name][s, e] for r, s, e in steps]) for name in produced[0]}
+    return start, length, returns, leaves
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """The working directory is an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+
+in_empty_folder = pytest.mark.usefixtures("in_folder")
+
+
+def one_by_one(x):  # as JaxMARL's `batchify`: agent after agent
+    return x.swapaxes(1, 2).reshape(T, N * NE, *x.shape[3:])
+
+
+@in_empty_folder
+@pytest.mark.parametrize(
+    ("agents", "write", "convert"),
+    [
+        ((N,), PLAIN, lambda x: x),
+        ((), PLAIN, lambda x: x),
+        ((), ONE_AGENT, lambda x: x),
+        ((N,), SCANNED, lambda x: x),
+        ((), SCANNED, lambda x: x),
+        ((N,), BATCHIFIED, one_by_one),
+    ],
+    ids=["agents", "no-agents", "axis-of-one-agent", "scan", "scan-no-agents", "batchify"],
+)
+def test_the_vault_holds_what_the_loop_produced(agents, write, convert):
+    produced = record_loop(agents, write, convert)
+    if write == ONE_AGENT:
+        produced = [{name: x[:, :, None] for name, x in rollout.items()} for rollout in produced]
+
+    # By Flashbax alone: row (u, env) has every NU-th rollout of an environment, end to end.
+    experience = Vault("my_ppo", vault_uid="run-1").read().experience
+    every = NU if write == SCANNED else 1
+    assert set(experience) == set(LoopTransition._fields)
+    for name, x in experience.items():
+        rows = [
+            np.concatenate([rollout[name][:, env] for rollout in produced[u::every]])
+            for u in range(every)
+            for env in range(NE)
+        ]
+        assert x.dtype == produced[0][name].dtype
+        np.testing.assert_array_equal(x, np.stack(rows))
+
+    start, length, returns, leaves = loop_episodes(produced)
+    assert len(length) > 20 and min(length) < T < max(length)  # some go on into the next rollout
+    episodes = ippo.load_episodes("my_ppo", "run-1")
+    np.testing.assert_array_equal(episodes.start, start)
+    np.testing.assert_array_equal(episodes.length, length)
+    np.testing.assert_array_equal(episodes.episode_return, np.float32(returns))
+    assert set(episodes.transitions) == set(leaves)
+    for name, x in leaves.items():
+        np.testing.assert_array_equal(episodes.transitions[name], x)
+
+
+@in_empty_folder
+def test_the_block_is_short_and_does_not_go_into_a_vault_that_exists():
+    assert len(BLOCK.splitlines()) <= 15
+    record_loop()
+    with pytest.raises(FileExistsError, match="run-1 exists already: choose another name"):
+        record_loop()
+
+
+@in_empty_folder
+def test_the_recorder_can_be_copied_without_the_script():
+    source = inspect.getsource(ippo)
+    nodes = [x for x in ast.parse(source).body if getattr(x, "name", None) in RECORDER]
+    copied = [ast.get_source_segment(source, node) for node in nodes]
+    num_lines = sum(len(text.splitlines()) for text in copied)
+    num_imports = len(IMPORTS.splitlines())
+    assert f"They are {num_lines} lines, and need these {num_imports} lines of imports" in OWN_LOOP
+    assert all(f"`{name}`" in OWN_LOOP for name in RECORDER) and len(copied) == len(RECORDER)
+    block = BLOCK.replace("import ff_ippo_store_experience as ippo\n", IMPORTS + "\n".join(copied))
+    block = block.replace("ippo.", "")
+    produced = record_loop(block=block)
+    assert "ippo" not in block.replace("my_ppo", "")
+    reward = Vault("my_ppo", vault_uid="run-1").read().experience["reward"]
+    np.testing.assert_array_equal(reward, np.concatenate([x["reward"] for x in produced]).T)
+
+
+FULL = {
+    "system": {"add_agent_id": True},
+    "num_agents": N,
+    "num_actions": 2,
+    "env": {"scenario": "corridor", "time_limit": 7},
+    "task": {"og_marl_name": "walks", "actions": ["left", "right"]},
+}
+READERS = (ippo.load_episodes, ippo.export_og_marl, ippo.plot_dataset)
+LAYOUT = {"observation": "obs", "action": "action", "reward": "reward", "done": "done"}
+
+
+def full_leaves(seen, without=None):
+    leaves = {name: seen[mine] for name, mine in LAYOUT.items()}
+    leaves["legal_action_mask"] = jnp.ones((*seen["action"].shape, 2), bool)
+    return {name: x for name, x in leaves.items() if name != without}
+
+
+def drop_entry(entry):
+    """Take an entry out of the recording's metadata, on disk."""
+    file = Path("vaults/my_ppo/run-1/metadata.json")
+    metadata = json.loads(file.read_text())
+    *levels, last = entry.split(".")
+    inner = metadata
+    for level in levels:
+        inner = inner[level]
+    del inner[last]
+    file.write_text(json.dumps(metadata))
+
+
+@in_empty_folder
+@pytest.mark.parametrize("row", TABLES[1], ids=lambda row: row[0].replace("`", ""))
+def test_what_is_missing_is_told_in_one_line(row):
+    entry = row[0].split("`")[1]
+    if row[0].startswith("leaf"):
+        record_loop((N,), change=lambda x: full_leaves(x, without=entry), **FULL)
+    else:
+        record_loop((N,), change=full_leaves, **FULL)
+        drop_entry(entry)
+    for read, needed in zip(READERS, row[2:], strict=True):
+        if needed == "no":
+            read("my_ppo", "run-1")
+            continue
+        assert needed == "yes" or needed.startswith("if ")
+        with pytest.raises(ippo.ConfigError) as error:
+            read("my_ppo", "run-1")
+        assert re.fullmatch(
+            f"there is no '{entry.split('.')[-1]}': there are [^\n]*", str(error.value)
+        )
+
+
+@in_empty_folder
+def test_the_two_conditions_of_the_table():
+    with_leaf = lambda x: full_leaves(x) | {"truncation": x["done"]}
+    metadata = FULL | {"env": {"scenario": "corridor"}, "system": {"add_agent_id": False}}
+    del metadata["num_agents"]
+    record_loop((N,), change=with_leaf, **metadata)
+    assert ippo.export_og_marl("my_ppo", "run-1").exists()
+
+
+@in_empty_folder
+def test_the_message_that_the_page_quotes():
+    record_loop()
+    quoted = re.search(r"```\n(there is no .*)\n```", OWN_LOOP)[1]
+    with pytest.raises(ippo.ConfigError) as error:
+        ippo.export_og_marl("my_ppo", "run-1")
+    assert str(error.value) == quoted
+
+
+@in_empty_folder
+def test_a_rollout_length_that_does_not_divide_is_refused():
+    record_loop()
+    file = Path("vaults/my_ppo/run-1/metadata.json")
+    metadata = json.loads(file.read_text())
+    assert metadata["system"]["rollout_length"] == T
+    for wrong in (3, 4, 6, 9, 71, 140):
+        metadata["system"]["rollout_length"] = wrong
+        file.write_text(json.dumps(metadata))
+        with pytest.raises(ippo.ConfigError) as error:
+            ippo.load_episodes("my_ppo", "run-1")
+        told = f"rollout_length {wrong} does not divide the vault's {NUM_UPDATES * T} steps"
+        assert str(error.value) == told
+
+
+@in_empty_folder
+def test_one_agent_with_an_axis_is_exported_and_drawn():
+    produced = record_loop((), ONE_AGENT, change=full_leaves, **FULL | {"num_agents": 1})
+    path = ippo.export_og_marl("my_ppo", "run-1")
+    exported = Vault(str(path.parent), vault_uid=path.name).read().experience
+    _, length, _, leaves = loop_episodes(produced)
+    assert exported["terminals"].shape == exported["rewards"].shape == (1, sum(length), 1)
+    ends = (exported["terminals"] | exported["truncations"])[0, :, 0]
+    np.testing.assert_array_equal(ends, leaves["done"])
+    np.testing.assert_array_equal(exported["rewards"][0, :, 0], leaves["reward"])
+    drawn = ippo.plot_dataset("my_ppo", "run-1").axes[2].containers
+    share = [bars.patches[1].get_height() for bars in drawn]
+    np.testing.assert_allclose(share, share_of_right(produced), rtol=1e-12)
+
+
+def share_of_right(produced):
+    """Percent of action 1 in the episodes that began in each third of training, by plain Python."""
+    chosen = [[], [], []]
+    for env in range(NE):
+        done = np.concatenate([x["done"][:, env] for x in produced])
+        action = np.concatenate([x["action"][:, env] for x in produced])
+        begin = 0
+        for end in np.flatnonzero(done):
+            chosen[3 * begin // len(done)] += list(action[begin : end + 1])
+            begin = end + 1
+    return [100 * np.mean(actions) for actions in chosen]
+
+
+@in_empty_folder
+def test_one_agent_without_an_axis_is_drawn_and_not_exported():
+    produced = record_loop((), PLAIN, change=full_leaves, **FULL)
+    drawn = ippo.plot_dataset("my_ppo", "run-1").axes[2].containers
+    share = [bars.patches[1].get_height() for bars in drawn]
+    np.testing.assert_allclose(share, share_of_right(produced), rtol=1e-12)
+    with pytest.raises(ippo.ConfigError, match="needs an axis of agents"):
+        ippo.export_og_marl("my_ppo", "run-1")

@@ -59,7 +59,7 @@ def original_env_steps(config, auto_reset):
 
     Returns a function of nothing that makes T steps of UB * NE environments, on one device.
     """
-    env = ippo.TASKS[config.env.scenario].make(config.env.time_limit)
+    env = ippo.TASKS[config.env.scenario].make(config.env.time_limit).unwrapped
     original = RobotWarehouse if isinstance(env, RobotWarehouse) else LevelBasedForaging
     env = original(env._generator, time_limit=config.env.time_limit)
     num_envs = config.system.update_batch_size * config.arch.num_envs
@@ -109,9 +109,10 @@ def count_update_flops(config, num_agents, num_actions, num_features):
 def make_learner(config):
     """What `run_experiment` builds before it trains: the progress, the learner and the mesh."""
     mesh = Mesh(np.array(jax.devices()), ("device",))
-    env = ippo.make_env(config.env, config.system.add_agent_id)
+    env = ippo.make_env(**vars(config.env), add_agent_id=config.system.add_agent_id)
     num_updates = config.system.num_updates // config.arch.num_evaluation
-    learn = ippo.make_learn(env, config.system, num_updates, mesh, config.vault.extra_leaves)
+    select = functools.partial(ippo.select_leaves, extra_leaves=config.vault.extra_leaves)
+    learn = ippo.make_learn(env, config.system, num_updates, mesh, select)
     return ippo.init_progress(config, env, mesh), learn, mesh
 
 
@@ -130,10 +131,12 @@ def benchmark(config, load_params):
     logging.getLogger("jax").removeHandler(handler)
     num_compiled = sum(bool(re.search(r"Compiling .*\blearn\b", text)) for text in compiled)
 
-    system, task = config.system, ippo.find_task(config.env)
+    system = config.system
     experience = jax.eval_shape(learn, state).experience
     num_updates, *_, num_agents, num_actions = experience["legal_action_mask"].shape[1:]
-    recorder = ippo.Recorder(config, task, experience, mesh)
+    metadata = ippo.make_metadata(config, ippo.find_task(config.env.scenario), experience)
+    path = ippo.check_folder(config.vault, resume=False)
+    recorder = ippo.Recorder(path, metadata, experience, mesh)
     save_interval, num_rows = recorder.save_interval, recorder.rows["done"].shape[0]
     length = save_interval * system.rollout_length
     evaluation = ippo.Evaluation(10**6, 1.0, 1.0, np.zeros(32, np.float32), np.zeros(32), 0.0, {})
@@ -153,7 +156,7 @@ def benchmark(config, load_params):
         stored.result()
 
     def write(vault):
-        vault.write(recorder.buffer_state, source_interval=(0, length))
+        ippo.append_to_vault(vault, recorder.writer.state.experience, length)
 
     x = jnp.ones((4096, 4096))
     calls = {
@@ -164,14 +167,13 @@ def benchmark(config, load_params):
         "record": (block, state, True),
     }
     if load_params:
-        actor, critic = ippo.place(ippo.load_params(load_params), state.params)
-        actor, critic = state.actor.replace(params=actor), state.critic.replace(params=critic)
-        calls["trained"] = (block, state._replace(actor=actor, critic=critic))
+        trained = ippo.with_params(progress, load_params, mesh).state
+        calls["trained"] = (block, state._replace(actor=trained.actor, critic=trained.critic))
     with recorder.open(progress) as progress, ThreadPoolExecutor(1) as disk:
         vault_path = recorder.path / "vault"
         vault = ippo.make_vault(vault_path, recorder.rows, system.rollout_length, {})
         calls["vault"] = (write, vault)
-        calls["metrics"] = (ippo.write_metrics, config, task, evaluations)
+        calls["metrics"] = (ippo.write_metrics, recorder.path, metadata, evaluations)
         times = medians(calls, REPEATS)
     size = sum(file.stat().st_size for file in vault_path.rglob("*") if file.is_file())
     bytes_per_step = size / (vault.vault_index * num_rows)
