@@ -917,7 +917,8 @@ def make_evaluate(env: Environment, num_parallel: int, greedy: bool, mesh: Mesh)
     def evaluate_all(actor, key, num_episodes=num_parallel):
         parts = []
         for _ in range(0, num_episodes, num_parallel):
-            key, metrics = evaluate_in_parallel(actor, key)
+            # The key goes in from the host each time: one that is on the devices compiles it again.
+            key, metrics = evaluate_in_parallel(actor, np.asarray(key))
             parts.append(gather(metrics))
             require(
                 parts[-1].done.all(),
@@ -1079,12 +1080,12 @@ def run_path(name: str, uid: str, rel_dir: str = "vaults") -> Path:
     return path
 
 
-def part_name(uid: str, index: int, count: int) -> str:
+def part_name(uid: str, index: int, count: int):
     """The folder of a process: UID, or where there are several UID-p0of2 and so on."""
     return uid if count == 1 else f"{uid}-p{index:0{len(str(count))}}of{count}"
 
 
-def find_parts(path: Path) -> list:
+def find_parts(path: Path):
     """The folder of a run, or those of its processes, in their order."""
     return sorted(path.parent.glob(f"{path.name}-p[0-9]*of[0-9]*")) or [path]
 

@@ -42,7 +42,7 @@ import optax
 import pytest
 import tyro
 from flashbax.vault import Vault
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jumanji import specs
 from jumanji.env import Environment
 from jumanji.environments import LevelBasedForaging, RobotWarehouse
@@ -707,6 +707,22 @@ def test_a_short_run_learns_and_its_policy_is_recorded_as_it_is(tmp_path):
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
+def test_an_evaluation_in_several_rounds_is_compiled_once(caplog):
+    env = ippo.AgentWrapper(Walk(2, True, False), add_agent_id=True)
+    observation = env.reset(jax.random.PRNGKey(0))[1].observation
+    actor, _ = ippo.init_networks(
+        ippo.NetworkConfig((8,), (8,)), observation, jax.random.PRNGKey(0)
+    )
+    mesh = Mesh(np.array(jax.devices()), ("device",))
+    actor = jax.device_put(actor, NamedSharding(mesh, PartitionSpec()))  # as the learner's are
+    evaluate = ippo.make_evaluate(env, 4, False, mesh)
+    with jax.log_compiles():
+        key, metrics = evaluate(actor, np.asarray(jax.random.PRNGKey(0)), 10)
+        evaluate(actor, key)
+    compiled = [x for x in caplog.messages if re.search(r"Compiling .*evaluate_on_device", x)]
+    assert len(metrics.done) == 10 and len(compiled) == 1, compiled
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_evaluation_against_playing_the_episodes_by_hand(greedy):
     num_episodes, key = 12, jax.random.PRNGKey(5)
