@@ -42,6 +42,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import sys
@@ -205,14 +206,14 @@ with mock.patch.object(builtins, "__IPYTHON__", False, create=True), mock.patch.
     from matplotlib.figure import Figure
 
 
-def log(message: str):
+def log(message):
     """Print a line; of several processes, the first alone does."""
     if jax.process_index() == 0:
         tqdm.write(message)  # above the progress bar
         sys.stdout.flush()  # a log file shows how far it is
 
 
-def gather(tree: ArrayTree) -> ArrayTree:
+def gather(tree):
     """Arrays that are spread over all devices, or of each process, as NumPy's; all must call it."""
     return multihost_utils.process_allgather(tree, tiled=True)
 
@@ -273,7 +274,7 @@ def find_task(scenario: str, env: Environment | None = None) -> Task:
     """The task of that name, or that of your own environment; else a `ConfigError`."""
     if env is None:
         return Entries(TASKS)[scenario]
-    name = type(env).__name__
+    name = type(getattr(env, "unwrapped", env)).__name__  # and not that of a wrapper
     return Task(
         make=lambda time_limit: env,
         time_limit=env.time_limit,
@@ -335,13 +336,13 @@ class AgentWrapper(Wrapper):
 
     def _all_actions(self, num_agents):
         """The mask (N, A) where all actions that an agent has are legal."""
-        spec = getattr(self._env, "action_spec", None)
-        require(
-            hasattr(spec, "num_values"),
-            f"{type(self._env).__name__} has no action_mask in its observation, nor an "
-            "action_spec of discrete actions",
-        )
         with jax.ensure_compile_time_eval():  # under `jit`, the specification would be traced
+            spec = getattr(self._env, "action_spec", None)
+            require(
+                hasattr(spec, "num_values"),
+                f"{type(self._env).__name__} has no action_mask in its observation, nor an "
+                "action_spec of discrete actions",
+            )
             num_actions = np.broadcast_to(spec.num_values, num_agents)
         return jnp.arange(num_actions.max()) < num_actions[:, None]
 
@@ -423,12 +424,13 @@ def rare_cond(condition: Array, function: Callable, default: ArrayTree, *operand
 
 
 class CutOffWrapper(Wrapper):
-    """Makes the discount 1 where the time limit ended the episode; Jumanji says 0 there.
+    """Makes the discount 1 at the time limit, where Jumanji says 0.
 
-    The discount then is 0 only at a terminal state, past which there is nothing to bootstrap.
+    The discount then is 0 only at a terminal state.  One that is reached in the very last step
+    counts as cut off.
     """
 
-    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:
+    def step(self, state, action):
         state, timestep = self._env.step(state, action)
         is_cut_off = state.step_count >= self.time_limit
         return state, timestep.replace(discount=jnp.where(is_cut_off, 1.0, timestep.discount))
@@ -1075,8 +1077,8 @@ def run_path(name: str, uid: str, rel_dir: str = "vaults") -> Path:
     """The folder REL_DIR/NAME/UID, absolute; a `ConfigError` where Flashbax would mistake it."""
     path = Path(os.path.abspath(rel_dir), name, uid)
     is_whole = path.parts[-2:] == (name, uid) and "/." not in f"/{name}/{uid}"
-    is_plain = is_whole and not set(str(path)) & set("#%?|\\*[\n")
-    require(is_plain, f"{str(path)!r} must be made of plain names, without # % ? | \\ * [")
+    is_plain = is_whole and not set(str(path)) & set("#%?|\\\t\n")
+    require(is_plain, f"{str(path)!r} must be made of plain names, without # % ? | \\")
     return path
 
 
@@ -1087,7 +1089,8 @@ def part_name(uid: str, index: int, count: int):
 
 def find_parts(path: Path):
     """The folder of a run, or those of its processes, in their order."""
-    return sorted(path.parent.glob(f"{path.name}-p[0-9]*of[0-9]*")) or [path]
+    is_part = re.compile(rf"{re.escape(path.name)}-p\d+of\d+").fullmatch  # and not UID-profile
+    return sorted(part for part in path.parent.glob("*") if is_part(part.name)) or [path]
 
 
 def write_file(path: Path, content: bytes):
@@ -1120,8 +1123,8 @@ class Progress(NamedTuple):
     def add(self, state, eval_key, evaluation):
         """The progress after one more evaluation, of `state`, with the key of the next."""
         evaluations = [*self.evaluations, evaluation]
-        mean_returns = [each.episode_return.mean() for each in evaluations]
-        best_params = state.params if mean_returns[-1] == max(mean_returns) else self.best_params
+        returns = [each.episode_return.mean() for each in evaluations]
+        best_params = state.params if returns[-1] == np.nanmax(returns) else self.best_params
         return Progress(state, eval_key, best_params, evaluations)
 
 
@@ -1135,7 +1138,7 @@ def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
 
 def with_params(progress: Progress, path: str | Path, mesh: Mesh) -> Progress:
     """The beginning of a run with the best parameters of the run at `path`."""
-    params = load_params(path)
+    params = multihost_utils.broadcast_one_to_all(load_params(path))
     is_fit = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, progress.best_params)
     require(is_fit, f"checkpoint.load_params {path} has other networks")
     params = multihost_utils.host_local_array_to_global_array(params, mesh, REPLICATED)
@@ -1169,18 +1172,18 @@ FREE_SETTINGS = (
 OWN_SETTINGS = ("arch.coordinator_address", "arch.process_id", "vault.rel_dir")
 
 
-def settings_without(metadata: dict, prefixes: tuple):
-    """What the metadata say by names such as system.seed, without those that begin so."""
+def settings_without(metadata, prefixes):
+    """What the metadata say by names such as system.seed, but those that begin with a prefix."""
     settings = flatten_dict(metadata, sep=".")
     return {name: settings[name] for name in settings if not name.startswith(prefixes)}
 
 
-def own_part(tree: ArrayTree, mesh: Mesh, specs: ArrayTree) -> ArrayTree:
+def own_part(tree, mesh, specs):
     """The part of arrays that is on this process's devices, as NumPy's."""
     return jax.device_get(multihost_utils.global_array_to_host_local_array(tree, mesh, specs))
 
 
-def raw(x: Array) -> Array:
+def raw(x):
     """An array as it is, and the data of typed keys, which `jax.random.key` makes."""
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
@@ -1271,7 +1274,7 @@ def open_recording(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Entrie
     """
     parts = find_parts(Path(rel_dir, name, uid))
     vaults, metadata = zip(*(open_vault(name, part.name, rel_dir) for part in parts), strict=True)
-    num_processes = metadata[0].get("num_processes", 1)
+    num_processes = metadata[0].get("num_processes", len(parts))
     require(
         len(parts) == num_processes,
         f"{name} has {', '.join(part.name for part in parts)}, of a run of {num_processes} "
@@ -1493,13 +1496,13 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
     axes.fill_between(
         steps, low, high, label="evaluation: 10th to 90th percentile", color="#0072B2", alpha=0.2
     )
-    axes.plot(steps, training, ".-", ms=2, label="training: mean", color="#E69F00")
-    axes.plot(steps, returns.mean(axis=1), ".-", ms=2, label="evaluation: mean", color="#0072B2")
+    axes.plot(steps, training, ",-", label="training: mean", color="#E69F00")
+    axes.plot(steps, returns.mean(axis=1), ",-", label="evaluation: mean", color="#0072B2")
     axes.set(ylabel="Episode return", xlabel="Environment steps")
     axes.legend(loc="upper left")
     for name, axes in panels.items():
         values = [evaluation.losses[name] for evaluation in evaluations]
-        axes.plot(steps, values, ".-", ms=2, color="#555555")
+        axes.plot(steps, values, ",-", color="#555555")
         axes.set(title=name, xlabel="Environment steps")
     return figure
 
@@ -1556,7 +1559,7 @@ def check_environment(env: Environment):
     check_episodes(env, name)
 
 
-def check_interface(env: Environment, name: str):
+def check_interface(env, name):
     """What `reset` and `step` return: traced, not run."""
     key = jax.random.PRNGKey(0)
     state, first = jax.eval_shape(env.reset, key)
@@ -1565,9 +1568,9 @@ def check_interface(env: Environment, name: str):
     seen = first.observation
     view = np.shape(getattr(seen, "agents_view", None))
     require(len(view) == 2, f"the observation of {name} has no agents_view of shape (N, O)")
-    mask = np.shape(getattr(seen, "action_mask", None))
-    of_all_or_each = ((), view[:1])
-    require(mask[:-1] in of_all_or_each, f"the action_mask of {name} is not of shape (N, A)")
+    mask = getattr(seen, "action_mask", None)
+    is_fit = mask is None or (mask.ndim == 2 and mask.shape[:1] == view[:1])
+    require(is_fit, f"the action_mask of {name} is not of shape (N, A)")
     global_state = getattr(seen, "global_state", None)
     require(
         global_state is None or global_state.ndim == 1,
@@ -1577,6 +1580,7 @@ def check_interface(env: Environment, name: str):
     action = jnp.zeros(view[0], jnp.int32)
     _, second = jax.eval_shape(env.step, state, action)
     require(isinstance(second, TimeStep), f"step of {name} must return (state, TimeStep)")
+    of_all_or_each = ((), view[:1])
     fittings = {"step_type": [()], "reward": of_all_or_each, "discount": of_all_or_each}
     for part, fitting in fittings.items():
         shape = getattr(getattr(second, part), "shape", None)
@@ -1593,7 +1597,7 @@ def check_interface(env: Environment, name: str):
     )
 
 
-def check_episodes(env: Environment, name: str):
+def check_episodes(env, name):
     """16 copies of the environment act at random for `time_limit` timesteps."""
     agents = AgentWrapper(env, add_agent_id=False)
     limit = env.time_limit
@@ -1654,9 +1658,8 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     )
     num_updates = system.num_updates
     if system.total_timesteps is not None:
-        per_update = num_devices * system.update_batch_size * transitions
-        per_evaluation = system.total_timesteps / (per_update * arch.num_evaluation)
-        num_updates = math.ceil(per_evaluation) * arch.num_evaluation
+        steps = num_devices * system.update_batch_size * transitions * arch.num_evaluation
+        num_updates = math.ceil(system.total_timesteps / steps) * arch.num_evaluation
     require(
         num_updates % arch.num_evaluation == 0,
         f"system.num_updates is {num_updates}: it must be a multiple of arch.num_evaluation, "
@@ -1698,9 +1701,10 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     )
 
 
-def check_processes(metadata: dict):
+def check_processes(metadata, experience):
     """Raise a `ConfigError`, in all processes, if one of them was given something else."""
-    digest = zlib.crc32(repr(settings_without(metadata, OWN_SETTINGS)).encode())
+    given = (settings_without(metadata, OWN_SETTINGS), jax.tree.leaves(experience))
+    digest = zlib.crc32(repr(given).encode())
     digests = gather(np.array([digest], np.uint32))
     require(
         (digests == digests[0]).all(),
@@ -1708,7 +1712,7 @@ def check_processes(metadata: dict):
     )
 
 
-def check_folder(vault: VaultConfig, resume: bool) -> Path:
+def check_folder(vault, resume):
     """The folder of this process; a `ConfigError`, in all processes, where it is taken."""
     path = run_path(vault.name, vault.uid, vault.rel_dir)
     count = jax.process_count()
@@ -1716,16 +1720,21 @@ def check_folder(vault: VaultConfig, resume: bool) -> Path:
     found = {part.name for part in find_parts(path) if part.exists()}
     require(found <= set(names), f"{path} is of another number of processes than {count}")
     own = path.with_name(names[jax.process_index()])
-    is_taken = gather(np.array([own.exists()])).any() and not resume
+    exists = gather(np.array([own.exists()]))
     require(
-        not is_taken,
+        resume or not exists.any(),
         f"{own} exists already: choose another vault.uid, or go on by checkpoint.resume",
+    )
+    # A process that began anew would make the others forget what they have.
+    require(
+        exists.all() == exists.any(),
+        f"{own} {'is' if own.exists() else 'is not'} there, unlike that of another process",
     )
     return own
 
 
 # ---- RUN -----------------------------------------------------------------------------------------
-def make_metadata(config: Config, task: Task, experience: ArrayTree) -> dict:
+def make_metadata(config: Config, task: Task, experience: ArrayTree):
     """What `metadata.json` says of leaves (D, NU, UB, T, NE, ...)."""
     *_, num_agents, num_actions = experience["legal_action_mask"].shape
     packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
@@ -1749,7 +1758,7 @@ def make_metadata(config: Config, task: Task, experience: ArrayTree) -> dict:
 class Recorder:
     """What a process keeps on disk: vault, checkpoints and metrics, in a folder of its own."""
 
-    def __init__(self, path: Path, metadata: dict, experience: ArrayTree, mesh: Mesh):
+    def __init__(self, path, metadata, experience, mesh):
         """For leaves (D, NU, UB, T, NE, ...), of which it keeps those of its own devices."""
         self.path = path
         self.metadata = metadata
@@ -1798,7 +1807,7 @@ class Recorder:
                 self.writer = VaultWriter(vault, self.rows, self.save_interval)
             yield self.progress
 
-    def store(self, experience: ArrayTree, progress: Progress):
+    def store(self, experience, progress):
         """Add what led to `progress` to the buffer, and write what is new if that is due."""
         if self.is_saving:
             self.writer.add(own_part(experience, self.mesh, SHARDED))
@@ -1820,7 +1829,7 @@ class Recorder:
         self.num_written = num_done
 
 
-def check_finite(finite: np.ndarray, first_step: int, num_steps: int):
+def check_finite(finite, first_step, num_steps):
     """Raise a FloatingPointError that tells at which step one of the NU updates diverged."""
     if not finite.all():
         step = first_step + (finite.argmin() + 1) * num_steps // len(finite)
@@ -1840,7 +1849,7 @@ class ExperimentResult(NamedTuple):
     absolute_metric: float | None  # mean return of `params` over more episodes, if asked for
 
 
-def save_results(result: ExperimentResult, metadata: dict):
+def save_results(result, metadata):
     """Write the metrics and draw the pictures of a finished run."""
     vault, path = result.config.vault, result.path
     write_metrics(path, metadata, result.evaluations, result.absolute_metric)
@@ -1879,7 +1888,7 @@ def run_experiment(
     experience = jax.eval_shape(learn, progress.state).experience
     num_steps = math.prod(experience["done"].shape[:5])  # environment steps in an evaluation
     metadata = make_metadata(config, task, experience)
-    check_processes(metadata)
+    check_processes(metadata, experience)
     path = check_folder(vault, config.checkpoint.resume)
     recorder = Recorder(path, metadata, experience, mesh)
     # BEGIN in a new folder, or RESUME
@@ -1978,7 +1987,7 @@ def main(env: Environment | None = None):
         if type(error) is ValueError and not is_full:
             raise
         remedy = ": make room, then use checkpoint.resume" if is_full else ""
-        sys.exit(f"error: {str(error).splitlines()[0]}{remedy}")
+        sys.exit(f"error: {' '.join(str(error).split())}{remedy}")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

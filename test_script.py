@@ -486,6 +486,12 @@ def total(state, timestep):
     return state, timestep.replace(observation=seen._replace(global_state=state.position.sum()))
 
 
+def flat_mask(state, timestep):
+    """A mistake: the mask has no axis of agents."""
+    seen = timestep.observation
+    return state, timestep.replace(observation=seen._replace(action_mask=seen.action_mask[0]))
+
+
 swap = lambda state, timestep: (timestep, state)
 later = lambda state, timestep: (state._replace(step_count=state.step_count + 0.5), timestep)
 FLAT = ippo.Observation(np.zeros(3), np.ones((2, 3)))
@@ -499,6 +505,7 @@ MISTAKES = {
     "order of step": (changed(step=swap), r"step of Walk must return \(state, TimeStep\)"),
     "no key": (changed(lambda state, timestep: (state[:2], timestep)), "state of Walk has no key"),
     "no view": (changed(lambda x, y: (x, y.replace(observation=FLAT))), "no agents_view of shape"),
+    "mask": (changed(flat_mask, flat_mask), r"the action_mask of Walk is not of shape \(N, A\)"),
     "no actions": (unmasked(action_spec=None), "Walk has no action_mask .* discrete actions"),
     "continuous": (unmasked(action_spec=BOX), "Walk has no action_mask .* discrete actions"),
     "reward": (with_step(reward=jnp.zeros(3)), r"reward of Walk has the shape \(3,\), not"),
@@ -544,6 +551,27 @@ def test_episodes_that_all_begin_alike_are_told_of(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(note)
     experiment(tmp_path, "--vault.uid b", Walk(2, True, False))
     assert note not in capsys.readouterr().out
+
+
+class Unmasked(Walk):
+    """Your own environment without a mask, which makes its specification anew each time."""
+
+    def __init__(self):
+        self.num_agents, self.is_masked, self.is_team = 2, False, False
+
+    @property
+    def action_spec(self):
+        return specs.MultiDiscreteArray(jnp.array([3, 2]))
+
+
+def test_a_specification_that_is_a_property_says_which_actions_there_are(tmp_path):
+    rows = read_vault(experiment(tmp_path, env=Unmasked()).path)
+    expected = np.broadcast_to([[1, 1, 1], [1, 1, 0]], rows["legal_action_mask"].shape)
+    np.testing.assert_array_equal(rows["legal_action_mask"], expected)
+
+
+def test_a_wrapped_environment_keeps_its_name():
+    assert ippo.find_task("", ippo.CutOffWrapper(Walk(2, True, False))).og_marl_name == "walk"
 
 
 def test_an_evaluation_ends_at_the_time_limit():
@@ -1102,6 +1130,16 @@ def test_the_best_parameters_are_kept_and_evaluated_once_more(whole):
     assert result.absolute_metric == pytest.approx(metrics.episode_return.mean())
 
 
+def test_a_mean_return_that_is_no_number_is_not_the_best():
+    evaluation = lambda mean: ippo.Evaluation(1, 1.0, 1.0, np.array([mean]), np.array([1]), 0.0, {})
+    progress = ippo.Progress(None, None, 0, [])
+    with pytest.warns(RuntimeWarning, match="All-NaN"):
+        progress = progress.add(mock.Mock(params=1), None, evaluation(math.nan))
+    for params, mean, best in ((2, 1.0, 2), (3, 0.0, 2), (4, 1.0, 4), (5, math.nan, 4)):
+        progress = progress.add(mock.Mock(params=params), None, evaluation(mean))
+        assert progress.best_params == best
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -1193,13 +1231,24 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
     returns = re.compile(r"step [\d,]+:|absolute metric.*|episode return [\d.]+, length \d+")
     printed, expected = (returns.findall(x.read_text()) for x in (log, tmp_path / "log"))
     assert len(printed) > 3 and printed == expected[-len(printed) :]
+    # Where one of them does not find its folder, none begins anew, and nothing is deleted.
+    path = tmp_path / "1/vaults/ff_ippo_walk/a-p1of2"
+    path.rename(path.with_name("away"))
+    before = snapshot(tmp_path / "0/vaults")
+    processes = start_together(tmp_path, *[evaluations(41) + RESUME] * 2)
+    assert [process.wait(60) for process in processes] == [1, 1]
+    assert re.match("error: .*a-p0of2 is there, unlike", one_error(tmp_path / "0"))
+    assert re.match("error: .*a-p1of2 is not there, unlike", one_error(tmp_path / "1"))
+    assert snapshot(tmp_path / "0/vaults") == before
+    path.with_name("away").rename(path)
     # Nothing was shared.  To be read as one, the parts are brought together.
     together, whole = tmp_path / "0/vaults/ff_ippo_walk", tmp_path / RUN
     path, split = together / "a", "bring together"
     with pytest.raises(ippo.ConfigError, match=rf"has a-p0of2, of a run of 2 processes: {split}"):
         ippo.load_episodes(*where(path))
     shutil.copytree(tmp_path / "1/vaults/ff_ippo_walk/a-p1of2", together / "a-p1of2")
-    shutil.copytree(together / "a-p0of2", together / "a-profile")  # is no part of it
+    for name in ("a-profile", "a-p0of2-backup"):  # are no parts of it
+        shutil.copytree(together / "a-p0of2", together / name)
     parts = [together / f"a-p{index}of2" for index in range(2)]
     leaves = jax.tree.map(lambda *x: np.concatenate(x), *map(read_vault, parts))
     assert_equal(leaves, read_vault(whole))
