@@ -583,6 +583,17 @@ def test_an_evaluation_ends_at_the_time_limit():
         evaluate(actor, jax.random.PRNGKey(0))
 
 
+class Wide(Walk):
+    """The environment of the task `walk`, but for one more feature of the observation."""
+
+    def __init__(self, time_limit):
+        super().__init__(2, True, False)
+
+    def observe(self, state):
+        seen = super().observe(state)
+        return seen._replace(agents_view=jnp.pad(seen.agents_view, ((0, 0), (0, 1))))
+
+
 class Typed(Walk):
     """Your own environment, with typed keys in its state, whatever key it is given."""
 
@@ -1263,11 +1274,16 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("more", "env"),
-    [("--system.seed 1", ""), ("--arch.num-envs 8", ""), ("", "test_script.Walk(3, True, False)")],
+    ("more", "setup", "env"),
+    [
+        ("--system.seed 1", "", ""),
+        ("--arch.num-envs 8", "", ""),
+        ("", "", "test_script.Walk(3, True, False)"),
+        ("", "ippo.TASKS['walk'] = test_script.WALK._replace(make=test_script.Wide)", ""),
+    ],
 )
-def test_processes_that_were_given_different_runs_all_end_with_one_line(tmp_path, more, env):
-    processes = start_together(tmp_path, "", more, env=env)
+def test_processes_that_were_given_different_runs_all_end_with_one_line(tmp_path, more, setup, env):
+    processes = start_together(tmp_path, "", more, setup=setup, env=env)
     assert [process.wait(60) for process in processes] == [1, 1]
     for index in "01":
         assert re.match("error: .*give all", one_error(tmp_path / index))
