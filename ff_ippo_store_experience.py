@@ -339,9 +339,9 @@ class AgentWrapper(Wrapper):
         with jax.ensure_compile_time_eval():  # under `jit`, the specification would be traced
             spec = getattr(self._env, "action_spec", None)
             require(
-                hasattr(spec, "num_values"),
+                np.size(getattr(spec, "num_values", ())) in (1, num_agents),
                 f"{type(self._env).__name__} has no action_mask in its observation, nor an "
-                "action_spec of discrete actions",
+                f"action_spec of discrete actions of {num_agents} agents",
             )
             num_actions = np.broadcast_to(spec.num_values, num_agents)
         return jnp.arange(num_actions.max()) < num_actions[:, None]
@@ -1561,26 +1561,36 @@ def check_environment(env: Environment):
 
 def check_interface(env, name):
     """What `reset` and `step` return: traced, not run."""
-    key = jax.random.PRNGKey(0)
-    state, first = jax.eval_shape(env.reset, key)
-    require(isinstance(first, TimeStep), f"reset of {name} must return (state, TimeStep)")
-    require(hasattr(state, "key"), f"the state of {name} has no key to begin the next episode with")
-    seen = first.observation
-    view = np.shape(getattr(seen, "agents_view", None))
-    require(len(view) == 2, f"the observation of {name} has no agents_view of shape (N, O)")
-    mask = getattr(seen, "action_mask", None)
-    is_fit = mask is None or (mask.ndim == 2 and mask.shape[:1] == view[:1])
-    require(is_fit, f"the action_mask of {name} is not of shape (N, A)")
-    global_state = getattr(seen, "global_state", None)
-    require(
-        global_state is None or global_state.ndim == 1,
-        f"the global_state of {name} is not of shape (S,)",
-    )
 
-    action = jnp.zeros(view[0], jnp.int32)
-    _, second = jax.eval_shape(env.step, state, action)
-    require(isinstance(second, TimeStep), f"step of {name} must return (state, TimeStep)")
-    of_all_or_each = ((), view[:1])
+    def trace(method, *arguments):
+        returned = jax.eval_shape(getattr(env, method), *arguments)
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
+        require(
+            is_pair and isinstance(returned[1], TimeStep),
+            f"{method} of {name} must return (state, TimeStep)",
+        )
+        return returned
+
+    key = jax.random.PRNGKey(0)
+    state, first = trace("reset", key)
+    seen = first.observation
+    for owner, value, attribute in (("state", state, "key"), ("observation", seen, "agents_view")):
+        require(
+            hasattr(value, attribute),
+            f"the {owner} of {name}, a {type(value).__name__}, has no attribute {attribute}",
+        )
+    num_agents = np.shape(seen.agents_view)[:1]
+    for part, letters in {"agents_view": "NO", "action_mask": "NA", "global_state": "S"}.items():
+        shape = np.shape(getattr(seen, part, None))
+        is_fit = len(shape) == len(letters) and ("N" not in letters or shape[:1] == num_agents)
+        require(
+            is_fit or getattr(seen, part, None) is None,
+            f"{part} of {name} has the shape {shape}, not ({', '.join(letters)})",
+        )
+
+    action = jnp.zeros(num_agents, jnp.int32)
+    _, second = trace("step", state, action)
+    of_all_or_each = ((), num_agents)
     fittings = {"step_type": [()], "reward": of_all_or_each, "discount": of_all_or_each}
     for part, fitting in fittings.items():
         shape = getattr(getattr(second, part), "shape", None)
@@ -1598,40 +1608,59 @@ def check_interface(env, name):
 
 
 def check_episodes(env, name):
-    """16 copies of the environment act at random for `time_limit` timesteps."""
+    """16 copies of the environment act at random for `time_limit` timesteps, or up to 127 more."""
     agents = AgentWrapper(env, add_agent_id=False)
     limit = env.time_limit
+    piece = min(limit, 128)  # timesteps that are held at once
+
+    def play_piece(carry, _):
+        uniform = lambda params, x: jnp.where(x.action_mask, 0.0, -1e9)
+        actor = TrainState.create(apply_fn=uniform, params={}, tx=optax.identity())
+        carry, played = rollout(agents, actor, *carry, piece)
+        metrics, seen = played.metrics, played.observation
+        is_full = metrics.episode_length >= limit
+        is_terminal = (played.discount == 0).all(axis=-1)
+        return carry, {
+            "is_finite": jnp.isfinite(seen.agents_view).all() & jnp.isfinite(played.reward).all(),
+            "has_action": seen.action_mask.any(axis=-1).all(axis=(0, 1)),  # (N,)
+            "is_over": (metrics.done | ~is_full).all(),
+            "is_end": (is_terminal | is_full | ~metrics.done).all(),
+            "num_full": is_full.sum(),
+            "num_terminal": (is_full & is_terminal).sum(),
+        }
 
     @jax.jit
     def play(key):
-        uniform = lambda params, x: jnp.where(x.action_mask, 0.0, -1e9)
-        actor = TrainState.create(apply_fn=uniform, params={}, tx=optax.identity())
         begin = reset_environments(agents, jax.random.split(key, 16))
-        (_, end), played = rollout(agents, actor, key[None], begin, limit)
-        return raw(end.state.key), played
+        (_, end), facts = jax.lax.scan(
+            play_piece, (key[None], begin), length=math.ceil(limit / piece)
+        )
+        return raw(end.state.key), begin.observation.agents_view, facts
 
-    keys, played = jax.device_get(play(jax.random.PRNGKey(0)))  # (time_limit, 16, ...)
+    keys, views, facts = jax.device_get(play(jax.random.PRNGKey(0)))
     num_keys = len(np.unique(keys, axis=0))
     require(
         num_keys == 16,
         f"16 states of {name} that began with 16 keys have {num_keys} keys",
     )
-    views = played.observation.agents_view
-    if (views[0] == views[0, 0]).all():
+    if (views == views[0]).all():
         log(f"all episodes of {name} begin with the same observation")
-    is_finite = np.isfinite(views).all() and np.isfinite(played.reward).all()
-    require(is_finite, f"agents_view or reward of {name} is not finite")
-    has_action = played.observation.action_mask.any(axis=-1).all(axis=(0, 1))  # (N,)
+    require(facts["is_finite"].all(), f"agents_view or reward of {name} is not finite")
+    has_action = facts["has_action"].all(axis=0)  # (N,)
     require(has_action.all(), f"agent {has_action.argmin()} of {name} has no legal action")
-    done = played.metrics.done
-    is_full = played.metrics.episode_length >= limit
     require(
-        (done | ~is_full).all(),
+        facts["is_over"].all(),
         f"an episode of {name} has not ended at its time_limit, {limit}",
     )
-    is_cut_off = done & (played.discount != 0).any(axis=-1)
     message = f"an episode of {name} ended before its time_limit, {limit}, with a discount not 0"
-    require((is_full | ~is_cut_off).all(), f"{message}: at a terminal state it must be 0")
+    require(facts["is_end"].all(), f"{message}: at a terminal state it must be 0")
+    num_full = facts["num_full"].sum()
+    if 0 < num_full == facts["num_terminal"].sum():
+        log(
+            f"of {num_full} episodes of {name} that lasted time_limit timesteps, all {num_full} "
+            "ended with discount 0, as at a terminal state: where only the time was over, it must "
+            "be 1"
+        )
 
 
 def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
@@ -1829,13 +1858,21 @@ class Recorder:
         self.num_written = num_done
 
 
-def check_finite(finite, first_step, num_steps):
-    """Raise a FloatingPointError that tells at which step one of the NU updates diverged."""
+def check_update(output: LearnerOutput, first_step, num_steps):
+    """Raise an error that tells at which step one of the NU updates went wrong."""
+    legal = output.experience["legal_action_mask"].any(axis=-1)  # (D, NU, UB, T, NE, N)
+    finite, has_action = jax.device_get((output.finite, legal.all(axis=(0, 2, 3, 4))))
+    step = lambda fit: first_step + (fit.argmin() + 1) * num_steps // len(fit)
     if not finite.all():
-        step = first_step + (finite.argmin() + 1) * num_steps // len(finite)
         raise FloatingPointError(
-            f"a loss is not finite at step {step:,}: lower system.actor_lr and system.critic_lr"
+            f"a loss is not finite at step {step(finite):,}: "
+            "lower system.actor_lr and system.critic_lr"
         )
+    require(
+        has_action.all(),
+        f"agent {has_action.all(axis=0).argmin()} had no legal action before step "
+        f"{step(has_action.all(axis=1)):,}: let its action_mask always have one",
+    )
 
 
 class ExperimentResult(NamedTuple):
@@ -1906,7 +1943,7 @@ def run_experiment(
                 start = time.perf_counter()
                 output = jax.block_until_ready(learn(progress.state))
                 speed = num_steps / (time.perf_counter() - start)
-                check_finite(jax.device_get(output.finite), index * num_steps, num_steps)
+                check_update(output, index * num_steps, num_steps)
 
                 # EVALUATE the parameters that the update has just produced
                 eval_key, evaluated = evaluate(output.state.actor, progress.eval_key)

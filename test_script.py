@@ -492,6 +492,23 @@ def flat_mask(state, timestep):
     return state, timestep.replace(observation=seen._replace(action_mask=seen.action_mask[0]))
 
 
+def as_dict(state, timestep):
+    """A mistake: names are keys of a dictionary, not attributes."""
+    return state, timestep.replace(observation=timestep.observation._asdict())
+
+
+def see_images(state, timestep):
+    """A mistake: what an agent sees has three axes."""
+    seen = timestep.observation
+    return state, timestep.replace(observation=seen._replace(agents_view=jnp.zeros((2, 4, 4, 3))))
+
+
+def say_end(state, timestep):
+    """What many public environments say: the discount is 0 also where only the time is over."""
+    discount = jnp.where(timestep.last(), 0.0, timestep.discount)
+    return state, timestep.replace(discount=discount)
+
+
 swap = lambda state, timestep: (timestep, state)
 later = lambda state, timestep: (state._replace(step_count=state.step_count + 0.5), timestep)
 FLAT = ippo.Observation(np.zeros(3), np.ones((2, 3)))
@@ -503,15 +520,42 @@ MISTAKES = {
     "limit": (Walk(2, True, False), "time_limit is 9, but that of Walk 10"),
     "order": (changed(swap, swap), r"reset of Walk must return \(state, TimeStep\)"),
     "order of step": (changed(step=swap), r"step of Walk must return \(state, TimeStep\)"),
-    "no key": (changed(lambda state, timestep: (state[:2], timestep)), "state of Walk has no key"),
-    "no view": (changed(lambda x, y: (x, y.replace(observation=FLAT))), "no agents_view of shape"),
-    "mask": (changed(flat_mask, flat_mask), r"the action_mask of Walk is not of shape \(N, A\)"),
+    "one thing": (changed(lambda state, y: y), r"reset of Walk must return \(state, TimeStep\)"),
+    "five things": (changed(step=lambda x, y: (x, y, 0, 0, 0)), "step of Walk must return"),
+    "no key": (
+        changed(lambda state, timestep: (state[:2], timestep)),
+        "the state of Walk, a tuple, has no attribute key",
+    ),
+    "state as dict": (
+        changed(lambda state, timestep: (state._asdict(), timestep)),
+        "the state of Walk, a dict, has no attribute key",
+    ),
+    "observation as dict": (
+        changed(as_dict, as_dict),
+        "the observation of Walk, a dict, has no attribute agents_view",
+    ),
+    "flat": (
+        changed(lambda x, y: (x, y.replace(observation=FLAT))),
+        r"agents_view of Walk has the shape \(3,\), not \(N, O\)",
+    ),
+    "images": (
+        changed(see_images, see_images),
+        r"agents_view of Walk has the shape \(2, 4, 4, 3\), not \(N, O\)",
+    ),
+    "mask": (
+        changed(flat_mask, flat_mask),
+        r"action_mask of Walk has the shape \(3,\), not \(N, A\)",
+    ),
+    "too few actions": (
+        unmasked(action_spec=specs.MultiDiscreteArray(np.array([3, 3, 3]))),
+        "Walk has no action_mask .* discrete actions of 2 agents",
+    ),
     "no actions": (unmasked(action_spec=None), "Walk has no action_mask .* discrete actions"),
     "continuous": (unmasked(action_spec=BOX), "Walk has no action_mask .* discrete actions"),
     "reward": (with_step(reward=jnp.zeros(3)), r"reward of Walk has the shape \(3,\), not"),
     "rewards": (with_step(reward={"a": 0.0}), "reward of Walk has the shape None, not"),
     "step_type": (with_step(step_type=jnp.zeros(2, int)), r"step_type of Walk .* \(2,\), not"),
-    "global_state": (changed(total, total), r"the global_state of Walk is not of shape \(S,\)"),
+    "global_state": (changed(total, total), r"global_state of Walk has the shape \(\), not \(S\)"),
     "state": (changed(step=later), r"'state/step_count': .* int32 != float32.*Walk returns"),
     "observation": (
         with_step(observation=ippo.Observation(jnp.zeros((2, 4)), jnp.ones((2, 3), bool))),
@@ -528,6 +572,10 @@ MISTAKES = {
     "not a number": (with_step(reward=jnp.full(2, jnp.nan)), "reward of Walk is not finite"),
     "no legal action": (changed(disarm, disarm), "agent 1 of Walk has no legal action"),
     "endless": (with_step(step_type=StepType.MID), "not ended at its time_limit, 10"),
+    "endless and long": (
+        changed(step=lambda x, y: (x, y.replace(step_type=StepType.MID)), time_limit=300),
+        "not ended at its time_limit, 300",
+    ),
     "too early": (changed(time_limit=9), "an episode of Walk has not ended at its time_limit, 9"),
     "discount": (
         changed(step=forget),
@@ -545,12 +593,57 @@ def test_a_mistake_in_your_own_environment_is_told_in_a_line_that_names_it(mista
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_episodes_that_all_begin_alike_are_told_of(tmp_path, capsys):
-    experiment(tmp_path, env=changed(blind, blind))
-    note = "all episodes of Walk begin with the same observation"
-    assert capsys.readouterr().out.startswith(note)
+@pytest.mark.parametrize(
+    ("mistake", "note"),
+    [
+        (changed(blind, blind), "all episodes of Walk begin with the same observation\n"),
+        (
+            changed(step=say_end),
+            r"of (\d+) episodes of Walk that lasted time_limit timesteps, all \1 ended with "
+            r"discount 0, .* it must be 1\n",
+        ),
+    ],
+)
+def test_what_may_be_a_mistake_is_told_of_and_recorded(mistake, note, tmp_path, capsys):
+    result = experiment(tmp_path, env=mistake)
+    assert re.match(note, capsys.readouterr().out)
+    assert "discount" not in note or not read_vault(result.path)["truncation"].any()
     experiment(tmp_path, "--vault.uid b", Walk(2, True, False))
-    assert note not in capsys.readouterr().out
+    assert not re.search("episodes of Walk", capsys.readouterr().out)
+
+
+def test_an_agent_without_a_legal_action_in_training_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(ippo, "check_episodes", lambda *_: None)  # as if it had not come so far
+
+    def seldom_disarm(state, timestep):
+        is_drawn = jax.random.randint(state.key, (), 0, 25) == 0
+        wrong = disarm(state, timestep)[1]
+        return state, jax.tree.map(lambda x, y: jnp.where(is_drawn, x, y), wrong, timestep)
+
+    error = command_line(tmp_path, FIVE, changed(seldom_disarm, seldom_disarm))
+    pattern = r"error: agent 1 had no legal action before step ([\d,]+): .*action_mask.*"
+    step = int(re.fullmatch(pattern, error)[1].replace(",", ""))
+    rows = read_vault(tmp_path / RUN)  # what came before
+    assert rows["legal_action_mask"].any(axis=-1).all()
+    num_steps = rows["done"].shape[1] // 16 * EVALUATION_STEPS
+    assert num_steps > 0, "choose another number than 25"
+    assert step - num_steps in (EVALUATION_STEPS // 2, EVALUATION_STEPS)
+
+
+class IntThenFloat(Walk):
+    """Your own environment, whose view is of integers after `reset`, of floats after `step`."""
+
+    def step(self, state, action):
+        state, timestep = super().step(state, action)
+        seen = timestep.observation
+        view = seen.agents_view.astype(jnp.float32)
+        return state, timestep.replace(observation=seen._replace(agents_view=view))
+
+
+def test_a_view_of_integers_and_floats_is_recorded_as_floats(tmp_path):
+    rows = read_vault(experiment(tmp_path, env=IntThenFloat(2, True, False)).path)
+    expected = read_vault(experiment(tmp_path, "--vault.uid b", Walk(2, True, False)).path)
+    assert_equal(rows, expected)
 
 
 class Unmasked(Walk):
