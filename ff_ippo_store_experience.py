@@ -187,9 +187,15 @@ class Entries(dict):
 # Several processes find each other before one uses a device, as the import of Jumanji does.
 if "--arch.distributed" in sys.argv and not jax.distributed.is_initialized():
     arch = tyro.cli(Config).arch
-    jax.distributed.initialize(
-        arch.coordinator_address, arch.num_processes, arch.process_id, heartbeat_timeout_seconds=30
-    )
+    try:
+        jax.distributed.initialize(
+            arch.coordinator_address,
+            arch.num_processes,
+            arch.process_id,
+            heartbeat_timeout_seconds=30,
+        )
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: arch.distributed: {' '.join(str(error).split())}")
 
 # In a notebook, Jumanji switches matplotlib to a backend that may not be installed: hide the
 # notebook from it.  A process that a notebook starts inherits such a backend: forget it.
@@ -206,11 +212,19 @@ with mock.patch.object(builtins, "__IPYTHON__", False, create=True), mock.patch.
     from matplotlib.figure import Figure
 
 
-def log(message):
-    """Print a line; of several processes, the first alone does."""
+IMPORT_PROCESS = os.getpid()  # in which the import of Jumanji has started JAX
+
+
+def log(message, is_last=False):
+    """Print a line, in process 0 alone; where stdout is gone, the last one goes to stderr."""
     if jax.process_index() == 0:
-        tqdm.write(message)  # above the progress bar
-        sys.stdout.flush()  # a log file shows how far it is
+        try:
+            tqdm.write(message)  # above the progress bar
+            sys.stdout.flush()  # a log file shows how far it is
+        except (AttributeError, OSError):  # it was closed, or its reader has ended
+            sys.stdout = None  # what Flashbax prints is lost, too
+            with contextlib.suppress(OSError):
+                print(message if is_last else "", file=sys.stderr)
 
 
 def gather(tree):
@@ -990,7 +1004,7 @@ def make_vault(
     `chunk_length` timesteps, which should divide what each write brings: otherwise the next write
     codes the last chunk again.  Raises a FileExistsError where `path` exists.
     """
-    path = Path(path).absolute()  # Flashbax would put "vaults" in front of another one
+    path = Path(path).expanduser().absolute()  # Flashbax would put "vaults" in front of others
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name")
 
@@ -1044,11 +1058,11 @@ class VaultWriter:
         self.num_timesteps = 0  # in the buffer, from its beginning, and not yet written
         buffer = make_buffer(num_rows, self.room)
         transition = jax.tree.map(lambda x: np.zeros(x.shape[2:], x.dtype), rows)
-        # On the host, it takes none of an accelerator's memory.
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        # On the host, it takes none of an accelerator's memory; JAX_PLATFORMS may leave that out.
+        backend = "cpu" if "cpu" in (jax.config.jax_platforms or "cpu") else None
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend=backend)[0])
         self.state = jax.jit(buffer.init, out_shardings=host)(transition)
-        add = lambda state, experience: buffer.add(state, reshape_experience(experience))
-        self._add = jax.jit(add, donate_argnums=0)  # in place: there is no second buffer
+        self._add = jax.jit(buffer.add, donate_argnums=0)  # in place: there is no second buffer
 
     def add(self, experience: ArrayTree):
         """Add leaves (D, NU, UB, T, NE, ...); a buffer that is full is written first."""
@@ -1056,7 +1070,7 @@ class VaultWriter:
         if self.num_timesteps + length > self.room:
             self.write()
         state = self.state.replace(current_index=self.num_timesteps)
-        self.state = self._add(state, jax.device_get(experience))
+        self.state = self._add(state, reshape_experience(jax.device_get(experience)))
         self.num_timesteps += length
 
     def write(self):
@@ -1067,15 +1081,16 @@ class VaultWriter:
 
 def open_vault(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Vault, dict]:
     """A vault that exists, and its metadata; a FileNotFoundError where there is none."""
-    metadata = Path(rel_dir, name, uid, "metadata.json").read_text()
-    vault = Vault(name, rel_dir=rel_dir, vault_uid=uid)
+    folder = Path(rel_dir).expanduser()
+    metadata = (folder / name / uid / "metadata.json").read_text()
+    vault = Vault(name, rel_dir=str(folder), vault_uid=uid)
     return vault, json.loads(metadata, object_hook=Entries)
 
 
 # ---- FILES: the folder of a run ------------------------------------------------------------------
 def run_path(name: str, uid: str, rel_dir: str = "vaults") -> Path:
     """The folder REL_DIR/NAME/UID, absolute; a `ConfigError` where Flashbax would mistake it."""
-    path = Path(os.path.abspath(rel_dir), name, uid)
+    path = Path(os.path.abspath(Path(rel_dir).expanduser()), name, uid)
     is_whole = path.parts[-2:] == (name, uid) and "/." not in f"/{name}/{uid}"
     is_plain = is_whole and not set(str(path)) & set("#%?|\\\t\n")
     require(is_plain, f"{str(path)!r} must be made of plain names, without # % ? | \\")
@@ -1088,7 +1103,8 @@ def part_name(uid: str, index: int, count: int):
 
 
 def find_parts(path: Path):
-    """The folder of a run, or those of its processes, in their order."""
+    """The folder of a run, or those of its processes, in their order, absolute."""
+    path = path.expanduser().absolute()
     is_part = re.compile(rf"{re.escape(path.name)}-p\d+of\d+").fullmatch  # and not UID-profile
     return sorted(part for part in path.parent.glob("*") if is_part(part.name)) or [path]
 
@@ -1097,12 +1113,16 @@ def write_file(path: Path, content: bytes):
     """Write a file that is whole at any time: a new one takes the place of the old one at once."""
     temporary = path.with_name(f".{path.stem}")
     temporary.write_bytes(content)
+    with temporary.open() as file:
+        os.fsync(file)  # otherwise it may be empty where the power fails next
     temporary.replace(path)
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to make and to fill, which is moved to `path` once it is whole."""
+    for parent in path.parents:
+        require(parent.exists() or not parent.is_symlink(), f"{parent} is a link to nothing")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as temporary:
         folder = Path(temporary, path.name)
@@ -1120,12 +1140,13 @@ class Progress(NamedTuple):
     best_params: Params  # of the evaluation with the highest mean return
     evaluations: list[Evaluation]
 
-    def add(self, state, eval_key, evaluation):
-        """The progress after one more evaluation, of `state`, with the key of the next."""
-        evaluations = [*self.evaluations, evaluation]
-        returns = [each.episode_return.mean() for each in evaluations]
-        best_params = state.params if returns[-1] == np.nanmax(returns) else self.best_params
-        return Progress(state, eval_key, best_params, evaluations)
+
+def add_evaluation(progress: Progress, state, eval_key, evaluation) -> Progress:
+    """The progress after one more evaluation, of `state`, with the key of the next."""
+    evaluations = [*progress.evaluations, evaluation]
+    returns = [each.episode_return.mean() for each in evaluations]
+    best_params = state.params if returns[-1] == np.nanmax(returns) else progress.best_params
+    return Progress(state, eval_key, best_params, evaluations)
 
 
 def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
@@ -1205,15 +1226,27 @@ def save_checkpoint(path: Path, metadata: dict, progress: Progress, mesh: Mesh):
 
 def find_checkpoints(path: Path):
     """The checkpoints in the folder of a run, by the number of evaluations done."""
-    return {int(file.suffix[1:]): file for file in path.glob("checkpoint.*")}
+    files = path.glob("checkpoint.*")
+    return {int(x.suffix[1:]): x for x in files if x.suffix[1:].isdecimal()}
+
+
+def read_checkpoint(file: Path):
+    """What is in a checkpoint; a `ConfigError` where it is damaged."""
+    try:
+        return msgpack_restore(file.read_bytes())
+    except ValueError as error:
+        raise ConfigError(
+            f"{file} is damaged: delete it, and the run goes on from the one before"
+        ) from error
 
 
 def load_checkpoint(file: Path, metadata: dict, like: Progress, mesh: Mesh) -> Progress:
     """The progress that was saved, placed as `like`; a `ConfigError` names what does not fit."""
-    saved = msgpack_restore(file.read_bytes())
-    for name, value in settings_without(metadata, FREE_SETTINGS).items():
-        old = saved["settings"].get(name)
-        require(value == old, f"{name} is {value}, but {old} in the run that is to go on")
+    saved = read_checkpoint(file)
+    settings = settings_without(metadata, FREE_SETTINGS)
+    for name in settings | saved["settings"]:
+        new, old = settings.get(name), saved["settings"].get(name)
+        require(new == old, f"{name} is {new}, but {old} in the run that is to go on")
     require(
         len(saved["evaluations"]) <= metadata["arch"]["num_evaluation"],
         f"arch.num_evaluation is {metadata['arch']['num_evaluation']}, but "
@@ -1236,11 +1269,10 @@ def load_checkpoint(file: Path, metadata: dict, like: Progress, mesh: Mesh) -> P
 
 def load_params(path: str | Path) -> Params:
     """The best parameters of a run, vaults/NAME/UID; a FileNotFoundError where there are none."""
-    path = Path(path).absolute()
-    files = find_checkpoints(find_parts(path)[0])
+    files = find_checkpoints(find_parts(Path(path))[0])
     if not files:
         raise FileNotFoundError(f"there is no checkpoint in {path}")
-    return Params(**msgpack_restore(files[max(files)].read_bytes())["params"])
+    return Params(**read_checkpoint(files[max(files)])["params"])
 
 
 # ---- OFFLINE: episodes from a vault, OG-MARL's layout --------------------------------------------
@@ -1334,14 +1366,14 @@ def iterate_episodes(
         f"percentiles {percentiles} of {num_evaluations} evaluations hold none",
     )
 
-    def read(leaf, start, stop):  # evaluations of a leaf, as (D * UB * NE, time, ...)
+    def read(store, start, stop):  # evaluations of a leaf, as (D * UB * NE, time, ...)
         # `Vault.read` would read all of all leaves, onto the accelerator.
-        rows = stores[leaf][:, start * rollout_length : stop * rollout_length].read().result()
+        rows = store[:, start * rollout_length : stop * rollout_length].read().result()
         return restore_time_order(rows, metadata["num_devices"], num_updates, rollout_length)
 
-    # FIND all episodes, one environment after the other: `done` is small
-    done = read("done", 0, last)
-    row, end = np.nonzero(done if done.ndim == 2 else done[..., 0])
+    # FIND all episodes, one environment after the other: `done` of one agent is small
+    done = stores["done"]
+    row, end = np.nonzero(read(done if done.ndim == 2 else done[..., 0], 0, last))
     begin = np.where(np.diff(row, prepend=-1) > 0, 0, np.roll(end, 1) + 1)
     is_asked_for = begin >= first * evaluation_length
     evaluation = end // evaluation_length
@@ -1361,7 +1393,7 @@ def iterate_episodes(
         index = np.arange(length.sum()) + np.repeat(shift, length)
         transitions = {}
         for leaf in {"reward", *leaves}:
-            rows = read(leaf, oldest, stop)
+            rows = read(stores[leaf], oldest, stop)
             transitions[leaf] = rows.reshape(-1, *rows.shape[2:])[index]
         reward = np.atleast_2d(transitions["reward"].T).mean(axis=0, dtype=np.float64)
         yield Episodes(
@@ -1666,6 +1698,10 @@ def check_episodes(env, name):
 def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
     system, arch, vault = config.system, config.arch, config.vault
+    require(
+        os.getpid() == IMPORT_PROCESS,
+        "a forked process cannot use JAX: begin it by multiprocessing.get_context('spawn')",
+    )
 
     # EACH NUMBER by itself
     defaults = flatten_dict(dataclasses.asdict(Config()), sep=".")
@@ -1699,8 +1735,8 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
         "arch.distributed is True: it must come after jax.distributed.initialize",
     )
     require(
-        vault.uid is not None or not (config.checkpoint.resume or arch.distributed),
-        "vault.uid is None: it must be given with checkpoint.resume and arch.distributed",
+        vault.uid or not (config.checkpoint.resume or arch.distributed),
+        f"vault.uid is {vault.uid!r}: it must be given with checkpoint.resume and arch.distributed",
     )
 
     # THE TASK
@@ -1715,6 +1751,7 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
             f"env.time_limit is {time_limit}, but that of {task.marl_eval_name} {env.time_limit}",
         )
         scenario = task.marl_eval_name if scenario in TASKS else scenario
+    run_path(task.og_marl_name, f"{scenario}.vlt")  # a folder of its name can be made
 
     # WHAT WAS LEFT OPEN
     return dataclasses.replace(
@@ -1730,14 +1767,15 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     )
 
 
-def check_processes(metadata, experience):
+def check_processes(metadata):
     """Raise a `ConfigError`, in all processes, if one of them was given something else."""
-    given = (settings_without(metadata, OWN_SETTINGS), jax.tree.leaves(experience))
-    digest = zlib.crc32(repr(given).encode())
-    digests = gather(np.array([digest], np.uint32))
+    given = settings_without(metadata, OWN_SETTINGS)
+    digests = [zlib.crc32(repr(value).encode()) for value in given.values()]
+    is_same = np.ptp(gather(np.array([digests], np.int64)), axis=0) == 0
+    differing = [name for name, same in zip(given, is_same, strict=True) if not same]
     require(
-        (digests == digests[0]).all(),
-        "the processes were given different settings or environments: give all the same",
+        not differing,
+        f"the processes were given different {', '.join(differing)}: give all the same",
     )
 
 
@@ -1763,13 +1801,17 @@ def check_folder(vault, resume):
 
 
 # ---- RUN -----------------------------------------------------------------------------------------
-def make_metadata(config: Config, task: Task, experience: ArrayTree):
-    """What `metadata.json` says of leaves (D, NU, UB, T, NE, ...)."""
-    *_, num_agents, num_actions = experience["legal_action_mask"].shape
+def make_metadata(config: Config, task: Task, env_state: EnvState):
+    """What `metadata.json` says of environments (B, ...)."""
+    num_agents, num_actions = env_state.observation.action_mask.shape[-2:]
     packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
     metadata = {
         **dataclasses.asdict(config),
         "task": task._replace(make=None)._asdict(),
+        "environment": {
+            jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{x.shape[1:]}"
+            for path, x in jax.tree_util.tree_leaves_with_path(env_state)
+        },
         "num_agents": num_agents,
         "num_actions": num_actions,
         "num_devices": jax.local_device_count(),
@@ -1820,6 +1862,7 @@ class Recorder:
                 raise ConfigError(f"another process is recording into {self.path}") from error
             # Of several processes that were killed, one may have a checkpoint more than another.
             files = find_checkpoints(self.path)
+            require(files, f"there is no checkpoint in {self.path}")
             self.num_written = int(gather(np.array([max(files)])).min())  # evaluations on disk
             for number, newer in files.items():
                 if number > self.num_written:
@@ -1828,11 +1871,19 @@ class Recorder:
                 files[self.num_written], self.metadata, progress, self.mesh
             )
             if self.is_saving:
+                file = self.path / "metadata.json"
+                metadata = json.loads(file.read_text()) | self.metadata  # of a run that has grown
+                write_file(file, json.dumps(metadata).encode())
                 # TensorStore's next write would go into such a file of a process that was killed,
                 # without truncating it, and make the vault unreadable.
                 for stale in self.path.rglob("*.__lock"):
                     stale.unlink()
                 vault = Vault(str(self.path.parent), vault_uid=self.path.name)
+                require(
+                    vault.vault_index >= self.num_written * self.rollout_length,
+                    f"the vault of {self.path} holds less than its checkpoint.{self.num_written} "
+                    "knows of: they are of two copies",
+                )
                 self.writer = VaultWriter(vault, self.rows, self.save_interval)
             yield self.progress
 
@@ -1924,8 +1975,8 @@ def run_experiment(
     progress = init_progress(config, env, mesh)
     experience = jax.eval_shape(learn, progress.state).experience
     num_steps = math.prod(experience["done"].shape[:5])  # environment steps in an evaluation
-    metadata = make_metadata(config, task, experience)
-    check_processes(metadata, experience)
+    metadata = make_metadata(config, task, progress.state.env_state)
+    check_processes(metadata)
     path = check_folder(vault, config.checkpoint.resume)
     recorder = Recorder(path, metadata, experience, mesh)
     # BEGIN in a new folder, or RESUME
@@ -1933,7 +1984,8 @@ def run_experiment(
         run = f"{config.env.scenario}, seed {system.seed}, {mesh.size} {jax.default_backend()}"
         log(f"{run}: {num_evaluation * num_steps:,} steps, in {path}")
         num_done = len(progress.evaluations)
-        has_bar = jax.process_index() == 0 and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+        is_shown = "ipykernel" in sys.modules or (sys.stdout and sys.stdout.isatty())
+        has_bar = jax.process_index() == 0 and is_shown
         bar = tqdm(total=num_evaluation, initial=num_done, file=sys.stdout, disable=not has_bar)
         stopped = False
         storing = disk.submit(recorder.write)  # what the disk is doing; there is nothing new yet
@@ -1959,7 +2011,7 @@ def run_experiment(
                     train_episode_return=float(np.mean(train_returns or math.nan)),
                     losses={name: float(loss.mean()) for name, loss in output.losses.items()},
                 )
-                progress = progress.add(output.state, eval_key, evaluation)
+                progress = add_evaluation(progress, output.state, eval_key, evaluation)
 
                 # RECORD it, beside the next one's training
                 storing.result()  # raises what failed
@@ -1978,7 +2030,7 @@ def run_experiment(
             if stopped or isinstance(sys.exception(), KeyboardInterrupt):  # of a notebook
                 done = f"{len(progress.evaluations)} of {num_evaluation} evaluations"
                 flags = f"--checkpoint.resume --vault.uid {vault.uid}"
-                log(f"stopped after {done}: to go on, run the same with {flags}")
+                log(f"stopped after {done}: to go on, run the same with {flags}", is_last=True)
 
     # ABSOLUTE METRIC of the best parameters, RESULT
     absolute_metric = None
@@ -1999,6 +2051,7 @@ def run_experiment(
     )
     if jax.process_index() == 0 and not stopped:
         save_results(result, metadata)
+    multihost_utils.sync_global_devices("drawn")  # a process that ended would not wait for long
     return result
 
 
@@ -2007,22 +2060,39 @@ def main(env: Environment | None = None):
     """The command line: every field of `Config` is a flag, such as --system.num-updates 10."""
     config = tyro.cli(Config)
 
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where it cannot print a folder's name
+
     # SIGNALS: the first ends the run after the evaluation under way, a second at once
     stop, caught = threading.Event(), []
 
     def catch(number, frame):
+        if caught:
+            os._exit(128 + number)  # process 1 of a container, which has no default action
         caught.append(number)
         stop.set()
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
+        for each, handler in handlers.items():
+            if hasattr(builtins, "__IPYTHON__"):
+                signal.signal(each, handler)  # the session lives on
+            elif os.getpid() > 1:
+                signal.signal(each, signal.SIG_DFL)
 
-    handlers = {each: signal.signal(each, catch) for each in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` makes it
+            handlers[number] = signal.signal(number, catch)
     try:
         result = run_experiment(config, env, stop)
     except (FloatingPointError, OSError, ValueError) as error:
-        is_full = "No space left" in str(error)  # a ValueError, if TensorStore raises it
+        # A ValueError, if TensorStore raises it.
+        is_full = re.search("No space left|quota exceeded", str(error))
         if type(error) is ValueError and not is_full:
             raise
+        # The other processes may wait for this one for minutes, and this one for them.
+        exit_later = threading.Timer(30, os._exit, [1])
+        exit_later.daemon = True
+        if jax.process_count() > 1:
+            exit_later.start()
         remedy = ": make room, then use checkpoint.resume" if is_full else ""
         sys.exit(f"error: {' '.join(str(error).split())}{remedy}")
     finally:

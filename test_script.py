@@ -1238,9 +1238,9 @@ def test_a_mean_return_that_is_no_number_is_not_the_best():
     evaluation = lambda mean: ippo.Evaluation(1, 1.0, 1.0, np.array([mean]), np.array([1]), 0.0, {})
     progress = ippo.Progress(None, None, 0, [])
     with pytest.warns(RuntimeWarning, match="All-NaN"):
-        progress = progress.add(mock.Mock(params=1), None, evaluation(math.nan))
+        progress = ippo.add_evaluation(progress, mock.Mock(params=1), None, evaluation(math.nan))
     for params, mean, best in ((2, 1.0, 2), (3, 0.0, 2), (4, 1.0, 4), (5, math.nan, 4)):
-        progress = progress.add(mock.Mock(params=params), None, evaluation(mean))
+        progress = ippo.add_evaluation(progress, mock.Mock(params=params), None, evaluation(mean))
         assert progress.best_params == best
 
 

@@ -134,7 +134,7 @@ def benchmark(config, load_params):
     system = config.system
     experience = jax.eval_shape(learn, state).experience
     num_updates, *_, num_agents, num_actions = experience["legal_action_mask"].shape[1:]
-    metadata = ippo.make_metadata(config, ippo.find_task(config.env.scenario), experience)
+    metadata = ippo.make_metadata(config, ippo.find_task(config.env.scenario), state.env_state)
     path = ippo.check_folder(config.vault, resume=False)
     recorder = ippo.Recorder(path, metadata, experience, mesh)
     save_interval, num_rows = recorder.save_interval, recorder.rows["done"].shape[0]
