@@ -1058,9 +1058,11 @@ class VaultWriter:
         self.num_timesteps = 0  # in the buffer, from its beginning, and not yet written
         buffer = make_buffer(num_rows, self.room)
         transition = jax.tree.map(lambda x: np.zeros(x.shape[2:], x.dtype), rows)
-        # On the host, it takes none of an accelerator's memory; JAX_PLATFORMS may leave that out.
-        backend = "cpu" if "cpu" in (jax.config.jax_platforms or "cpu") else None
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend=backend)[0])
+        try:  # on the host, where it takes none of an accelerator's memory
+            devices = jax.local_devices(backend="cpu")
+        except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+            devices = jax.local_devices()
+        host = jax.sharding.SingleDeviceSharding(devices[0])
         self.state = jax.jit(buffer.init, out_shardings=host)(transition)
         self._add = jax.jit(buffer.add, donate_argnums=0)  # in place: there is no second buffer
 
@@ -1769,7 +1771,8 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
 
 def check_processes(metadata):
     """Raise a `ConfigError`, in all processes, if one of them was given something else."""
-    given = settings_without(metadata, OWN_SETTINGS)
+    given = settings_without(metadata, (*OWN_SETTINGS, "environment."))
+    given["environment"] = metadata["environment"]  # as one: these may be of another number
     digests = [zlib.crc32(repr(value).encode()) for value in given.values()]
     is_same = np.ptp(gather(np.array([digests], np.int64)), axis=0) == 0
     differing = [name for name, same in zip(given, is_same, strict=True) if not same]
@@ -2068,13 +2071,13 @@ def main(env: Environment | None = None):
 
     def catch(number, frame):
         if caught:
-            os._exit(128 + number)  # process 1 of a container, which has no default action
+            os._exit(128 + number)
         caught.append(number)
         stop.set()
         for each, handler in handlers.items():
             if hasattr(builtins, "__IPYTHON__"):
                 signal.signal(each, handler)  # the session lives on
-            elif os.getpid() > 1:
+            elif os.getpid() > 1:  # process 1 of a container has no default action
                 signal.signal(each, signal.SIG_DFL)
 
     handlers = {}
