@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -180,6 +181,12 @@ def jumanji_env(scenario, time_limit):
     env = ippo.TASKS[scenario].make(time_limit).unwrapped
     make = RobotWarehouse if isinstance(env, RobotWarehouse) else LevelBasedForaging
     return make(env._generator, time_limit=time_limit)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hang_up():
+    """Do not ignore SIGHUP, even where the tests run under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -1067,14 +1074,17 @@ def command_line(folder, arguments, env=None):
     return 0
 
 
-def start(folder, arguments, setup="", env="", **environment):
-    """Begin a small run in a process of its own in `folder`, where its output is in `log`."""
+def start(folder, arguments, setup="", env="", before=(), stdout=None, **environment):
+    """Begin a small run in a process of its own in `folder`, where its output is in `log`.
+
+    `before` is a command that starts it, and `stdout` takes what is not to be in `log`.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     # The script comes first: several processes have to find each other first.
     program = f"import ff_ippo_store_experience as ippo, test_script\n{setup}\nippo.main({env})"
-    command = [sys.executable, "-c", program, *SMALL.split(), *arguments.split()]
+    command = [*before, sys.executable, "-c", program, *SMALL.split(), *arguments.split()]
     with Path(folder, "log").open("w") as log:
-        to_log = {"stdout": log, "stderr": log, "env": {**os.environ, **environment}}
+        to_log = {"stdout": stdout or log, "stderr": log, "env": {**os.environ, **environment}}
         return subprocess.Popen(command, cwd=folder, **to_log)
 
 
@@ -1130,15 +1140,89 @@ def test_of_two_runs_that_begin_with_one_uid_at_once_one_records(tmp_path):
     assert snapshot(path) == before
 
 
-def test_a_second_signal_ends_a_run_at_once(tmp_path):
-    slow_disk = "test_script.Vault.write = lambda *_, **__: test_script.time.sleep(60)"
-    process = start(tmp_path, ENDLESS, slow_disk)
-    wait_for(lambda: logged((tmp_path / "log").read_text()))
-    process.terminate()
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(5)
-    process.terminate()
-    assert process.wait(5) == -signal.SIGTERM
+class Broken(io.StringIO):
+    """A stdout of which nobody reads any more, as one of its methods tells."""
+
+    def __init__(self, name, number):
+        super().__init__()
+        setattr(self, name, mock.Mock(side_effect=OSError(number, os.strerror(number))))
+
+
+OUTPUTS = {
+    "the reader has gone": Broken("flush", errno.EPIPE),
+    "the terminal has gone": Broken("write", errno.EIO),
+    "closed": None,
+    "ascii": io.TextIOWrapper(io.BytesIO(), "ascii"),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_stdout_that_does_not_work_is_in_no_ones_way(tmp_path, monkeypatch, capsys, output):
+    stdout, arguments = OUTPUTS[output], f"{evaluations(2)} --vault.rel-dir Mój"
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with at_evaluation(0, functools.partial(signal.raise_signal, signal.SIGINT)):
+        assert command_line(tmp_path, arguments) == 128 + signal.SIGINT
+    told = "stopped after 1 of 2 evaluations: to go on, run the same with"
+    errors = capsys.readouterr().err
+    if isinstance(stdout, Broken):
+        assert re.fullmatch(rf"{told} .*--vault.uid a\n", errors)
+    assert command_line(tmp_path, arguments + RESUME) == 0
+    path = tmp_path / "Mój/ff_ippo_walk/a"
+    assert open_with_flashbax(path).vault_index == 2 * 16 and (path / "dataset.png").exists()
+    assert capsys.readouterr().err == ""
+    if output == "ascii":  # what it cannot print is escaped
+        stdout.flush()
+        printed = stdout.buffer.getvalue().decode()
+        assert logged(printed) == [EVALUATION_STEPS, 2 * EVALUATION_STEPS]
+        assert told in printed and re.search(r"^recorded: .*/M\\xf3j/", printed, re.M)
+
+
+def test_an_interrupt_of_a_run_and_of_what_reads_its_output_says_how_to_go_on(tmp_path):
+    process = start(tmp_path, ENDLESS, stdout=subprocess.PIPE)
+    assert any(logged(line.decode()) for line in process.stdout)
+    process.stdout.close()  # as `tee` does, to which a terminal sends the interrupt, too
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    # That and nothing else is on stderr.
+    assert re.fullmatch("stopped after .*--vault.uid a\n", (tmp_path / "log").read_text())
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path):  # as `nohup` and `disown` make it
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with at_evaluation(0, functools.partial(signal.raise_signal, signal.SIGHUP)):
+        assert command_line(tmp_path, evaluations(2)) == 0
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+# Process 1, as in a container, is sent no signal that would have its default action.
+@pytest.mark.parametrize("before", [(), ("unshare", "--pid", "--fork")], ids=["", "container"])
+def test_a_second_signal_ends_a_run_at_once(tmp_path, before):
+    if before and subprocess.run([*before, "true"], capture_output=True).returncode:
+        pytest.skip("a namespace of processes takes root's rights")
+    slow_disk = "test_script.Vault.write = lambda *_, **__: test_script.send_twice()"
+    assert start(tmp_path, ENDLESS, slow_disk, before=before).wait(120) in (-15, 128 + 15)
+    log = (tmp_path / "log").read_text()
+    assert "the first" in log and "at once" not in log and "stopped" not in log
+
+
+def send_twice():
+    """Send SIGTERM to this process, which is to end by the second one."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2)
+    os.write(1, b"the first did not end it\n")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2)
+    os.write(1, b"the second did not end it at once\n")
+
+
+def test_a_second_interrupt_in_a_notebook_does_not_end_the_kernel(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", mock.Mock())
+    handler = signal.getsignal(signal.SIGINT)
+    twice = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    with at_evaluation(1, twice):
+        assert command_line(tmp_path, evaluations(2)) is KeyboardInterrupt
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert open_with_flashbax(tmp_path / RUN).vault_index == 16  # what was logged is saved
 
 
 # ---- RESUMING ------------------------------------------------------------------------------------
@@ -1166,14 +1250,17 @@ def kill_in_checkpoint(number, seconds=0):
     return f"ippo.save_checkpoint = test_script.at_call({number}, {kill}, ippo.save_checkpoint)"
 
 
-def failing(owner, name):
+def failing(owner, name, error=OSError(28, "No space left on device")):
     """A context in which the second call of a function finds no room on the disk."""
-    fill = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    fill = mock.Mock(side_effect=error)
     return mock.patch.object(owner, name, at_call(1, fill, getattr(owner, name)))
 
 
 interrupt = mock.Mock(side_effect=KeyboardInterrupt)
-FULL = "error: [Errno 28] No space left on device: make room, then use checkpoint.resume"
+full = "error: .*{}.*: make room, then use checkpoint.resume".format
+quota = OSError(errno.EDQUOT, "Disk quota exceeded")
+# As TensorStore says it.
+exceeded = ValueError("Error writing d/7f: [OS error 122: EDQUOT Disk quota exceeded]\n  [source")
 # A context in which a run ends early, what it ends with, how many evaluations are then on disk.
 WAYS = {
     "interrupted": (at_evaluation(3, interrupt), KeyboardInterrupt, 3),
@@ -1182,8 +1269,10 @@ WAYS = {
     "SIGTERM": (at_evaluation(2, functools.partial(signal.raise_signal, 15)), 143, 3),
     "copied": (at_evaluation(4, interrupt), KeyboardInterrupt, 4),
     "finished": (contextlib.nullcontext(), 0, 2),
-    "vault failed": (failing(Vault, "write"), FULL, 3),
-    "checkpoint failed": (failing(ippo, "save_checkpoint"), FULL, 1),
+    "SIGHUP": (at_evaluation(2, functools.partial(signal.raise_signal, 1)), 129, 3),
+    "vault failed": (failing(Vault, "write", exceeded), full("quota exceeded"), 3),
+    "checkpoint failed": (failing(ippo, "save_checkpoint"), full("No space left"), 1),
+    "quota": (failing(ippo, "save_checkpoint", quota), full("quota exceeded"), 1),
     "killed": (None, None, 1),
 }
 
@@ -1200,10 +1289,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, way, capsys)
     else:
         with context:
             begin = whole[0] + evaluations(2) if end == 0 else whole[0]
-            assert command_line(tmp_path, begin) == end
+            ended = command_line(tmp_path, begin)
+        assert ended == end or re.fullmatch(str(end), str(ended))
         assert open_with_flashbax(path).vault_index == num_done * 16
     assert max(int(file.suffix[1:]) for file in path.glob("checkpoint.*")) == num_done
-    if end in (130, 143, KeyboardInterrupt):
+    if end in (129, 130, 143, KeyboardInterrupt):
         log = capsys.readouterr().out
         assert logged(log) == [(x + 1) * EVALUATION_STEPS for x in range(num_done)]
         told = f"stopped after {num_done} of 5 evaluations: to go on, run the same with "
