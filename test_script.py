@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import pty
 import re
 import select
@@ -670,6 +671,13 @@ def test_a_specification_that_is_a_property_says_which_actions_there_are(tmp_pat
     np.testing.assert_array_equal(rows["legal_action_mask"], expected)
 
 
+@pytest.mark.parametrize("scenario", ["smac/3m", "map#1"])
+def test_a_scenario_that_no_folder_can_have_is_refused_before_the_run(tmp_path, scenario):
+    with pytest.raises(ippo.ConfigError, match=scenario) as error:
+        experiment(tmp_path, f"--env.scenario {scenario}", Walk(2, True, False))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_a_wrapped_environment_keeps_its_name():
     assert ippo.find_task("", ippo.CutOffWrapper(Walk(2, True, False))).og_marl_name == "walk"
 
@@ -959,6 +967,11 @@ def test_parts_and_leaves_that_were_asked_for_are_loaded_and_exported(recording)
     whole, leaves = ippo.load_episodes(*where(path)), ("observation", "action")
     some = ippo.load_episodes(*where(path), leaves=leaves).transitions
     assert_equal(some, {name: whole.transitions[name] for name in leaves})
+    for leaves in ("action", ("obs",)):
+        with pytest.raises(ippo.ConfigError, match=r"there are .*action"):
+            ippo.load_episodes(*where(path), leaves=leaves)
+    with pytest.raises(ippo.ConfigError, match="there are Replay, Poor, Medium, Good"):
+        ippo.export_og_marl(*where(path), part="good")
     for percentiles in [(0, 49), (60, 40), (50, 101), (-30, 50)]:
         with pytest.raises(ippo.ConfigError, match="percentiles"):
             ippo.load_episodes(*where(path), percentiles)
@@ -1024,6 +1037,76 @@ def test_bad_configuration_is_refused_in_one_line(name, value, message, tmp_path
     with pytest.raises((ippo.ConfigError, FileNotFoundError), match=message) as error:
         ippo.run_experiment(dataclasses.replace(config, **{group: settings}))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch, whole):
+    home, work, run = tmp_path / "home", tmp_path / "work", ("ff_ippo_walk", "a", "~/vaults")
+    shutil.copytree(whole[1].path, home / RUN)
+    monkeypatch.setenv("HOME", str(home))
+    arguments = evaluations(1) + f"--vault.rel-dir ~/data --checkpoint.load-params ~/{RUN}"
+    assert experiment(work, arguments).path == home / "data/ff_ippo_walk/a"
+    monkeypatch.chdir(work)
+    assert_equal(ippo.load_params(f"~/{RUN}"), whole[1].params)
+    ippo.open_vault(*run)
+    ippo.plot_dataset(*run)
+    assert len(ippo.load_episodes(*run).length)
+    assert ippo.export_og_marl(*run) == home / RUN / "og_marl/walk/walk.vlt/Replay"
+    path = ippo.export_og_marl(*run, destination="~/exported")
+    assert path == home / "exported/walk/walk.vlt/Replay"
+    ippo.make_vault("~/made", {"done": np.zeros((2, 16), bool)}, 16, {})
+    assert {x.name for x in home.iterdir()} == {"vaults", "data", "exported", "made"}
+    assert not list(work.iterdir())
+
+
+def test_a_link_to_nowhere_is_told_of(tmp_path):
+    (tmp_path / "vaults").symlink_to(tmp_path / "gone")
+    with pytest.raises(ippo.ConfigError, match=f"{tmp_path}/vaults ") as error:
+        experiment(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_process_that_was_forked_from_one_that_used_jax_is_told_to_spawn(tmp_path):
+    context = multiprocessing.get_context("fork")  # the default on Linux before Python 3.14
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run():
+        with pytest.raises(ippo.ConfigError) as error:
+            experiment(tmp_path)
+        sender.send(str(error.value))
+
+    process = context.Process(target=run)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert receiver.poll() and re.fullmatch(".*spawn.*", receiver.recv())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_needs_no_backend_but_that_of_the_accelerator(tmp_path, monkeypatch, whole):
+    def only(function):  # as with JAX_PLATFORMS=cuda
+        def call(*arguments, backend=None, **options):
+            if "cpu" in (backend, *arguments):
+                raise RuntimeError("Unknown backend cpu")
+            return function(*arguments, backend=backend, **options)
+
+        return call
+
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, only(getattr(jax, name)))
+    recorded = read_vault(experiment(tmp_path, whole[0] + evaluations(2)).path)
+    assert_equal(recorded, jax.tree.map(lambda x: x[:, :32], read_vault(whole[1].path)))
+
+
+def test_learning_and_evaluating_can_be_compiled_for_accelerators():
+    config, mesh = small_config(), Mesh(np.array(jax.devices()), ("device",))
+    env = ippo.AgentWrapper(Walk(2, True, False), add_agent_id=True)
+    learn = ippo.make_learn(env, config.system, 2, mesh, ippo.select_leaves)
+    state = ippo.init_progress(config, env, mesh).state
+    evaluate = lambda actor, key: ippo.evaluate(env, actor, key, 4)
+    traced = [learn.trace(state), jax.jit(evaluate).trace(state.actor, jax.random.PRNGKey(0))]
+    for platform in ("cuda", "tpu"):
+        for each in traced:
+            each.lower(lowering_platforms=(platform,))
 
 
 def test_configuration_is_completed():
@@ -1250,14 +1333,14 @@ def kill_in_checkpoint(number, seconds=0):
     return f"ippo.save_checkpoint = test_script.at_call({number}, {kill}, ippo.save_checkpoint)"
 
 
-def failing(owner, name, error=OSError(28, "No space left on device")):
+def failing(owner, name, error):
     """A context in which the second call of a function finds no room on the disk."""
     fill = mock.Mock(side_effect=error)
     return mock.patch.object(owner, name, at_call(1, fill, getattr(owner, name)))
 
 
 interrupt = mock.Mock(side_effect=KeyboardInterrupt)
-full = "error: .*{}.*: make room, then use checkpoint.resume".format
+FULL = "error: .*Disk quota exceeded.*: make room, then use checkpoint.resume"
 quota = OSError(errno.EDQUOT, "Disk quota exceeded")
 # As TensorStore says it.
 exceeded = ValueError("Error writing d/7f: [OS error 122: EDQUOT Disk quota exceeded]\n  [source")
@@ -1270,9 +1353,8 @@ WAYS = {
     "copied": (at_evaluation(4, interrupt), KeyboardInterrupt, 4),
     "finished": (contextlib.nullcontext(), 0, 2),
     "SIGHUP": (at_evaluation(2, functools.partial(signal.raise_signal, 1)), 129, 3),
-    "vault failed": (failing(Vault, "write", exceeded), full("quota exceeded"), 3),
-    "checkpoint failed": (failing(ippo, "save_checkpoint"), full("No space left"), 1),
-    "quota": (failing(ippo, "save_checkpoint", quota), full("quota exceeded"), 1),
+    "vault failed": (failing(Vault, "write", exceeded), FULL, 3),
+    "checkpoint failed": (failing(ippo, "save_checkpoint", quota), FULL, 1),
     "killed": (None, None, 1),
 }
 
@@ -1301,7 +1383,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, way, capsys)
     if way == "copied":
         # What a killed write leaves, into which TensorStore would write.
         (path / "manifest.ocdbt.__lock").write_bytes(bytes(3000))
-        shutil.copytree(path, tmp_path / "other/name/b")
+        copy = shutil.copytree(path, tmp_path / "other/name/b")
+        metadata = (copy / "metadata.json").read_text()
+        (copy / "metadata.json").write_text(metadata.replace(jax.__version__, "0.0.1"))
         more += " --vault.rel-dir other --vault.name name --vault.uid b"
     result = experiment(tmp_path, FIVE + more)
     check_equal(result.path, expected.path)
@@ -1309,6 +1393,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, way, capsys)
     assert_equal(mean_returns(result), mean_returns(expected))
     assert len(list(result.path.glob("checkpoint.*"))) == 3
     assert not list(result.path.parent.glob(".*")) + list(result.path.rglob(".*"))
+    # Where the run has grown, or goes on with other versions, this is true of the whole.
+    metadata = json.loads((result.path / "metadata.json").read_text())
+    assert metadata["system"]["num_updates"] == 2 * metadata["arch"]["num_evaluation"] == 10
+    assert metadata["versions"]["jax"] == jax.__version__
 
 
 def test_the_best_parameters_are_kept_and_evaluated_once_more(whole):
@@ -1343,6 +1431,7 @@ def test_a_mean_return_that_is_no_number_is_not_the_best():
         ("--system.num-updates 5", "num_updates_per_eval is 1, but 2 in the run that is to go on"),
         ("--vault.no-save", "vault.save is False, but True in"),
         (evaluations(2), "arch.num_evaluation is 2, but 5 are done already"),
+        ("--vault.uid=", "vault.uid is .* must be given"),  # as of a variable that is not set
         ("", "jax_threefry_partitionable is False, but True in"),
     ],
 )
@@ -1352,6 +1441,104 @@ def test_a_run_with_other_data_is_not_resumed(whole, arguments, message):
     with random, pytest.raises(ippo.ConfigError, match=message) as error:
         experiment(folder, FIVE + RESUME + arguments)
     assert "\n" not in str(error.value) and snapshot(folder) == before
+
+
+def truncate_newest(path, size=0):
+    """What a power cut may leave of the newest checkpoint."""
+    newest = path / "checkpoint.5"
+    newest.write_bytes(newest.read_bytes()[:size])
+
+
+def set_vault_back(path):
+    """Give the vault fewer timesteps than the newest checkpoint, as an older copy of it has."""
+    open_with_flashbax(path)._vault_index_ds.write(3 * 16).result()
+
+
+def delete_checkpoints(path):
+    """Leave the vault alone."""
+    for file in path.glob("checkpoint.*"):
+        file.unlink()
+
+
+class Longer(Walk):
+    """The environment of the task `walk`, but for one more field of its state."""
+
+    State = collections.namedtuple("State", (*WalkState._fields, "more"))
+
+    def __init__(self, time_limit):
+        super().__init__(2, True, False)
+
+    def reset(self, key):
+        state, timestep = super().reset(key)
+        return self.State(*state, jnp.zeros(3)), timestep
+
+    def step(self, state, action):
+        new, timestep = super().step(WalkState(*state[:3]), action)
+        return self.State(*new, state.more), timestep
+
+
+class Larger(Longer):
+    """The same, but one field of its state has another size."""
+
+    State = WalkState
+
+    def reset(self, key):
+        state, timestep = Walk.reset(self, key)
+        return state._replace(step_count=jnp.zeros(2, jnp.int32)), timestep
+
+    def step(self, state, action):
+        new, timestep = Walk.step(self, state._replace(step_count=state.step_count[0]), action)
+        return new._replace(step_count=state.step_count + 1), timestep
+
+
+# What has happened to a folder or to the environment, and what the error tells.
+HALF = functools.partial(truncate_newest, size=999)
+DAMAGES = {
+    "older vault": (set_vault_back, None, r"vault.*checkpoint|checkpoint.*vault"),
+    "empty checkpoint": (truncate_newest, None, r"checkpoint\.5 .*delete"),
+    "half a checkpoint": (HALF, None, r"checkpoint\.5 .*delete"),
+    "no checkpoint": (delete_checkpoints, None, "no checkpoint"),
+    "another observation": (None, Wide, "observation|agents_view"),
+    "one more field": (None, Longer, "state"),
+    "another state": (None, Larger, "state"),
+    "another agent": (None, lambda _: Walk(3, True, False), "num_agents is 3, but 2"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, whole, monkeypatch, name):
+    damage, make, message = DAMAGES[name]
+    path = shutil.copytree(whole[1].path, tmp_path / RUN)
+    if damage:
+        damage(path)
+    else:
+        monkeypatch.setitem(ippo.TASKS, "walk", WALK._replace(make=make))
+    before = snapshot(tmp_path)
+    with pytest.raises(ippo.ConfigError, match=message) as error:
+        experiment(tmp_path, evaluations(6) + RESUME)
+    assert "\n" not in str(error.value) and snapshot(tmp_path) == before
+
+
+def test_the_newest_checkpoint_is_deleted_and_the_run_goes_on_from_the_one_before(tmp_path, whole):
+    path = shutil.copytree(whole[1].path, tmp_path / RUN)
+    truncate_newest(path)
+    with pytest.raises(ippo.ConfigError, match=r"checkpoint\.5 .*delete"):
+        ippo.load_params(path)
+    (path / "checkpoint.5").unlink()
+    for name in ("checkpoint.9.bak", "checkpoint.x", "checkpoint."):  # are no checkpoints
+        (path / name).touch()
+    ippo.load_params(path)
+    check_equal(experiment(tmp_path, FIVE + RESUME).path, whole[1].path)
+    assert (path / "checkpoint.9.bak").exists()
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path):
+    file, seen = tmp_path / "checkpoint.1", []
+    file.write_bytes(b"old")
+    flush = lambda number: seen.append((os.fstat(number).st_size, file.read_bytes()))
+    with mock.patch.object(os, "fsync", flush):
+        ippo.write_file(file, b"longer")
+    assert seen[0] == (6, b"old") and file.read_bytes() == b"longer"
 
 
 @pytest.mark.parametrize("name", ["make_vault", "save_checkpoint", "killed"])
