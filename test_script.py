@@ -1643,21 +1643,45 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
         ippo.load_episodes(*where(path))
 
 
+WIDE = "ippo.TASKS['walk'] = test_script.WALK._replace(make=test_script.Wide)"
+
+
 @pytest.mark.parametrize(
-    ("more", "setup", "env"),
+    ("more", "setup", "env", "message"),
     [
-        ("--system.seed 1", "", ""),
-        ("--arch.num-envs 8", "", ""),
-        ("", "", "test_script.Walk(3, True, False)"),
-        ("", "ippo.TASKS['walk'] = test_script.WALK._replace(make=test_script.Wide)", ""),
+        ("--system.seed 1", "", "", "system.seed"),
+        ("--arch.num-envs 8", "", "", "arch.num_envs"),
+        ("--checkpoint.load-params gone", "", "", "checkpoint.load_params"),
+        ("", "", "test_script.Walk(3, True, False)", "give all"),
+        ("", WIDE, "", "give all"),
     ],
 )
-def test_processes_that_were_given_different_runs_all_end_with_one_line(tmp_path, more, setup, env):
+def test_processes_that_were_given_different_runs_all_end_with_one_line(
+    tmp_path, more, setup, env, message
+):
     processes = start_together(tmp_path, "", more, setup=setup, env=env)
     assert [process.wait(60) for process in processes] == [1, 1]
     for index in "01":
-        assert re.match("error: .*give all", one_error(tmp_path / index))
+        assert re.match(f"error: .*{message}", one_error(tmp_path / index))
         assert not (tmp_path / index / "vaults").exists()
+
+
+def test_where_one_process_fails_the_others_end_too(tmp_path):
+    full = "test_script.mock.Mock(side_effect=OSError(28, 'No space left on device'))"
+    setup = f"ippo.save_checkpoint = test_script.at_call(1, {full}, ippo.save_checkpoint)"
+    processes = start_together(tmp_path, *[ENDLESS] * 2, setup=setup)
+    try:
+        assert processes[1].wait(120) == 1
+        assert re.match("error: .*No space left.*: make room", one_error(tmp_path / "1"))
+        assert processes[0].wait(120) != 0
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_process_that_is_told_of_no_others_says_so(tmp_path):
+    assert start(tmp_path, "--arch.distributed").wait(60) == 1
+    assert re.match("error: .*coordinator", one_error(tmp_path))
 
 
 # ---- README --------------------------------------------------------------------------------------
