@@ -223,8 +223,9 @@ def log(message, is_last=False):
             sys.stdout.flush()  # a log file shows how far it is
         except (AttributeError, OSError):  # it was closed, or its reader has ended
             sys.stdout = None  # what Flashbax prints is lost, too
-            with contextlib.suppress(OSError):
-                print(message if is_last else "", file=sys.stderr)
+            if is_last:
+                with contextlib.suppress(OSError):
+                    print(message, file=sys.stderr)
 
 
 def gather(tree):
@@ -1811,10 +1812,6 @@ def make_metadata(config: Config, task: Task, env_state: EnvState):
     metadata = {
         **dataclasses.asdict(config),
         "task": task._replace(make=None)._asdict(),
-        "environment": {
-            jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{x.shape[1:]}"
-            for path, x in jax.tree_util.tree_leaves_with_path(env_state)
-        },
         "num_agents": num_agents,
         "num_actions": num_actions,
         "num_devices": jax.local_device_count(),
@@ -1824,6 +1821,10 @@ def make_metadata(config: Config, task: Task, env_state: EnvState):
         "jax_default_prng_impl": jax.config.jax_default_prng_impl,
         "jax_enable_x64": jax.config.jax_enable_x64,
         "versions": {name: importlib.metadata.version(name) for name in packages},
+        "environment": {
+            jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{x.shape[1:]}"
+            for path, x in jax.tree_util.tree_leaves_with_path(env_state)
+        },
     }
     plain = lambda x: x.item() if isinstance(x, np.generic) else str(x)  # a number, or a path
     return json.loads(json.dumps(metadata, default=plain))
@@ -1874,9 +1875,6 @@ class Recorder:
                 files[self.num_written], self.metadata, progress, self.mesh
             )
             if self.is_saving:
-                file = self.path / "metadata.json"
-                metadata = json.loads(file.read_text()) | self.metadata  # of a run that has grown
-                write_file(file, json.dumps(metadata).encode())
                 # TensorStore's next write would go into such a file of a process that was killed,
                 # without truncating it, and make the vault unreadable.
                 for stale in self.path.rglob("*.__lock"):
@@ -1887,6 +1885,9 @@ class Recorder:
                     f"the vault of {self.path} holds less than its checkpoint.{self.num_written} "
                     "knows of: they are of two copies",
                 )
+                file = self.path / "metadata.json"
+                metadata = json.loads(file.read_text()) | self.metadata  # of a run that has grown
+                write_file(file, json.dumps(metadata).encode())
                 self.writer = VaultWriter(vault, self.rows, self.save_interval)
             yield self.progress
 
@@ -1982,10 +1983,10 @@ def run_experiment(
     check_processes(metadata)
     path = check_folder(vault, config.checkpoint.resume)
     recorder = Recorder(path, metadata, experience, mesh)
+    run = f"{config.env.scenario}, seed {system.seed}, {mesh.size} {jax.default_backend()}"
+    log(f"{run}: {num_evaluation * num_steps:,} steps, in {path}")
     # BEGIN in a new folder, or RESUME
     with recorder.open(progress) as progress, ThreadPoolExecutor(1) as disk:
-        run = f"{config.env.scenario}, seed {system.seed}, {mesh.size} {jax.default_backend()}"
-        log(f"{run}: {num_evaluation * num_steps:,} steps, in {path}")
         num_done = len(progress.evaluations)
         is_shown = "ipykernel" in sys.modules or (sys.stdout and sys.stdout.isatty())
         has_bar = jax.process_index() == 0 and is_shown

@@ -8,6 +8,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import ast
 import asyncio
+import builtins
 import collections
 import contextlib
 import dataclasses
@@ -1299,7 +1300,7 @@ def send_twice():
 
 
 def test_a_second_interrupt_in_a_notebook_does_not_end_the_kernel(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipykernel", mock.Mock())
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
     handler = signal.getsignal(signal.SIGINT)
     twice = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     with at_evaluation(1, twice):
