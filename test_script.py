@@ -36,6 +36,7 @@ from pathlib import Path
 from unittest import mock
 
 import distrax
+import gymnax
 import jax
 import jax.numpy as jnp
 import jaxmarl
@@ -46,9 +47,10 @@ import pytest
 import tyro
 from flashbax.vault import Vault
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxmarl.environments.smax import map_name_to_scenario
 from jumanji import specs
 from jumanji.env import Environment
-from jumanji.environments import LevelBasedForaging, RobotWarehouse
+from jumanji.environments import Cleaner, LevelBasedForaging, RobotWarehouse
 from jumanji.types import StepType, restart
 from matplotlib.image import imread
 from nbclient import NotebookClient
@@ -1717,7 +1719,7 @@ def execute(folder, *cells):
 def test_readmes_cells_percent_run_and_the_pasted_file_work_in_a_notebook(tmp_path):
     (cell,) = readme_code("In a notebook")
     (adapter,) = readme_code("An environment of JaxMARL")
-    execute(tmp_path, adapter.partition("smax = ")[0] + "\nJaxMARL(None, 6)")
+    execute(tmp_path, adapter.partition("smax = ")[0] + "JaxMARL(jaxmarl.make('switch_riddle'), 6)")
     requirements = (FOLDER / "requirements.txt").read_text().splitlines()
     installed = re.findall(r"^%pip install -q (.*)\n", cell, re.M)
     assert set(re.findall(r'"(.+?)"', " ".join(installed))) <= set(requirements) and installed
@@ -1819,70 +1821,223 @@ def test_guide_animates_a_policy(tmp_path, monkeypatch):
     assert Path("policy.gif").read_bytes()[:3] == b"GIF"
 
 
-def replay_jaxmarl(env, endless, actions, keys):
-    """Leaves (rows, time, ...) of JaxMARL's environment, from the actions and the rows' keys.
+def check_raw(path, begin, step):
+    """The vault holds what its actions lead to in a raw environment.  Returns its leaves.
 
-    `endless` is the same environment without a time limit: it ends where a state is terminal.
+    `begin(key)` gives the state in which an episode begins; `step(state, action)` the next state,
+    the key of the next episode, and the leaves of this timestep.
     """
-    reset, step, step_endless = map(jax.jit, (env.reset, env.step_env, endless.step_env))
-    rows = lambda values: np.stack([np.ravel(values[agent]) for agent in env.agents])
-    ones = np.ones(env.num_agents, bool)
-    every = np.ones((env.num_agents, env.action_space(env.agents[0]).n), bool)
-    steps = []
-    for row_actions, key in zip(actions, keys, strict=True):
-        done, key = True, [jax.random.split(key)[1]]
-        for joint_action in row_actions:
-            if done:
-                key, reset_key = jax.random.split(key[0])
-                seen, state = reset(reset_key)
-            try:
-                mask = rows(env.get_avail_actions(state)).astype(bool)
-            except NotImplementedError:
-                mask = every
-            leaves = {"observation": rows(seen), "legal_action_mask": mask}
-            if "world_state" in seen:
-                leaves["global_state"] = seen["world_state"]
-            key, step_key = jax.random.split(key)
-            action = dict(zip(env.agents, joint_action, strict=True))
-            is_terminal = step_endless(step_key, state, action)[3]["__all__"]
-            seen, state, reward, dones, _ = step(step_key, state, action)
-            done = bool(dones["__all__"])
-            leaves |= {"reward": rows(reward)[:, 0], "done": ones & done}
-            steps.append({**leaves, "truncation": ones & (done and not is_terminal)})
-            key = jax.random.split(key) if done else key
-    leaves = jax.tree.map(lambda *x: np.stack(x), *steps)
-    return jax.tree.map(lambda x: x.reshape(*actions.shape[:2], *x.shape[1:]), leaves)
+    leaves = read_vault(path)
+    actions = leaves["action"]  # (rows, time, N)
+    key = jax.random.split(jax.random.PRNGKey(42), 3)[0]
+    keys = jax.random.split(key, len(actions) + 1)[1:]
+
+    @jax.jit
+    @jax.vmap
+    def play(state, action):
+        state, key, step_leaves = step(state, action)
+        new = begin(jax.random.split(key)[0])
+        is_over = step_leaves["done"]
+        return jax.tree.map(lambda x, y: jnp.where(is_over, x, y), new, state), step_leaves
+
+    state, steps = jax.jit(jax.vmap(lambda key: begin(jax.random.split(key)[1])))(keys), []
+    for action in actions.swapaxes(0, 1):
+        state, step_leaves = play(state, action)
+        steps.append(step_leaves)
+    expected = jax.tree.map(lambda *x: np.stack(x, axis=1), *steps)
+    assert set(expected) == set(leaves) - {"action"}
+    ids = leaves["observation"][..., : actions.shape[2]]
+    assert (ids == np.eye(actions.shape[2])).all()
+    leaves["observation"] = leaves["observation"][..., actions.shape[2] :]
+    for name, x in expected.items():
+        if name in ("done", "truncation"):  # of all agents alike
+            x = np.broadcast_to(x[..., None], actions.shape)
+        np.testing.assert_allclose(leaves[name], x, atol=1e-5, err_msg=name)
+    mask = leaves["legal_action_mask"]
+    assert np.take_along_axis(mask, actions[..., None], axis=-1).all(), "an illegal action"
+    return leaves
 
 
-def test_the_guides_adapter_records_what_jaxmarls_environments_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (code,) = readme_code("An environment of JaxMARL")
+def raw_jaxmarl(env, endless):
+    """`begin` and `step` of JaxMARL's environment; `endless` is the same without a time limit."""
+    rows = lambda values: jnp.stack([jnp.ravel(values[agent]) for agent in env.agents])
+    all_legal = jnp.ones((env.num_agents, env.action_space(env.agents[0]).n), bool)
+    find_mask = {
+        "Hanabi": lambda state: rows(env.get_legal_moves(state)).astype(bool),
+        "HeuristicEnemySMAX": lambda state: rows(env.get_avail_actions(state)).astype(bool),
+    }.get(env.name, lambda state: all_legal)
+
+    def begin(key):
+        key, reset_key = jax.random.split(key)
+        return key, *env.reset(reset_key)
+
+    def step(state, action):
+        key, seen, state = state
+        leaves = {"observation": rows(seen), "legal_action_mask": find_mask(state)}
+        if "world_state" in seen:
+            leaves["global_state"] = seen["world_state"]
+        key, step_key = jax.random.split(key)
+        actions = dict(zip(env.agents, action, strict=True))
+        is_terminal = endless.step_env(step_key, state, actions)[3]["__all__"]
+        seen, state, reward, dones, _ = env.step_env(step_key, state, actions)
+        done = dones["__all__"]
+        leaves |= {"reward": rows(reward)[:, 0], "done": done, "truncation": done & ~is_terminal}
+        return (key, seen, state), key, leaves
+
+    return begin, step
+
+
+def ends_of(leaves):
+    """Whether episodes were cut off, and which: (cut off, length) of each."""
+    done, truncation = leaves["done"][..., 0], leaves["truncation"][..., 0]
+    return {(bool(truncation[i, b]), b - a + 1) for b, i, a in walk_episodes(done)}
+
+
+# How JaxMARL's environments are made, and their time limits.
+JAXMARL = {
+    "3m": ("HeuristicEnemySMAX", {"scenario": map_name_to_scenario("3m")}, 101),
+    "simple_spread": ("MPE_simple_spread_v3", {}, 26),
+    "riddle": ("switch_riddle", {}, 6),
+    "overcooked": ("overcooked", {"max_steps": 20}, 20),
+    "hanabi": ("hanabi", {}, 89),
+}
+QUICK = ippo.Config(
+    ippo.SystemConfig(num_updates=1),
+    ippo.ArchConfig(num_evaluation=1, num_eval_episodes=8, absolute_metric=False),
+)
+
+
+def guides_adapter(heading, until):
+    """The names that the guide's adapter defines, without the run that follows it."""
+    (code,) = readme_code(heading)
     variables = {}
-    exec(compile(assign(code, num_updates=1, num_evaluation=1), "GUIDE.md", "exec"), variables)
-    riddle = variables["JaxMARL"](jaxmarl.make("switch_riddle"), 6)
-    config = ippo.Config(variables["system"], variables["arch"])
-    ippo.run_experiment(dataclasses.replace(config, vault=ippo.VaultConfig(uid="riddle")), riddle)
+    adapter, found, _ = code.partition(until)
+    assert found
+    exec(compile(adapter, "GUIDE.md", "exec"), variables)
+    return variables
+
+
+@pytest.mark.parametrize(
+    "scenarios", [("3m", "simple_spread"), ("riddle",), ("overcooked",), ("hanabi",)], ids="-".join
+)
+def test_the_guides_adapter_records_what_jaxmarls_environments_do(
+    scenarios, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    heading = "An environment of JaxMARL"
+    if len(scenarios) > 1:  # those of the guide
+        (code,) = readme_code(heading)
+        code = assign(code, num_updates=1, num_evaluation=1)
+        exec(compile(code, "GUIDE.md", "exec"), {})
+    else:
+        name, options, time_limit = JAXMARL[scenarios[0]]
+        adapter = guides_adapter(heading, "smax = ")["JaxMARL"]
+        config = dataclasses.replace(QUICK, vault=ippo.VaultConfig(uid=scenarios[0]))
+        ippo.run_experiment(config, adapter(jaxmarl.make(name, **options), time_limit))
     assert "same observation" not in capsys.readouterr().out
-    for scenario, options in (
-        ("3m", ("HeuristicEnemySMAX", {"scenario": variables["map_name_to_scenario"]("3m")})),
-        ("simple_spread", ("MPE_simple_spread_v3", {})),
-        ("riddle", ("switch_riddle", {})),
-    ):
-        env, endless = (jaxmarl.make(options[0], **options[1]) for _ in range(2))
+    for scenario in scenarios:
+        name, options, time_limit = JAXMARL[scenario]
+        env, endless = jaxmarl.make(name, **options), jaxmarl.make(name, **options)
         getattr(endless, "_env", endless).max_steps = 10**6
-        leaves = jax.tree.map(lambda x: x[:8], read_vault(f"vaults/ff_ippo_jaxmarl/{scenario}"))
-        action, num_agents = leaves.pop("action"), len(env.agents)
-        leaves["observation"] = leaves["observation"][..., num_agents:]  # without the one-hot
-        key = jax.random.split(jax.random.PRNGKey(42), 3)[0]
-        expected = replay_jaxmarl(env, endless, action, np.asarray(jax.random.split(key, 33))[1:9])
-        close = functools.partial(np.testing.assert_allclose, atol=1e-5)
-        jax.tree.map(close, leaves, expected)
-        ends, cut_off = leaves["done"][..., 0], leaves["truncation"][..., 0]
-        assert ends.any() and cut_off[ends].all() == (scenario == "simple_spread")
+        leaves = check_raw(f"vaults/ff_ippo_jaxmarl/{scenario}", *raw_jaxmarl(env, endless))
+        ends = ends_of(leaves)
+        is_cut_off, lengths = zip(*ends, strict=True)
+        has_both = {"3m": {False}, "hanabi": {False}, "riddle": {True, False}}
+        assert set(is_cut_off) == has_both.get(scenario, {True})
+        assert max(lengths) <= time_limit
+        if True in is_cut_off:
+            assert {length for cut, length in ends if cut} == {time_limit}
         assert ("global_state" in leaves) == (scenario == "3m")
-    # Of the riddle's episodes of full length, some end by an answer in the last step.
-    lasted = [(cut_off[row, end], end - begin == 5) for end, row, begin in walk_episodes(ends)]
-    assert {is_cut_off for is_cut_off, is_long in lasted if is_long} == {True, False}
+        assert leaves["legal_action_mask"].all() == (scenario not in ("3m", "hanabi"))
+        if scenario == "riddle":  # some answer in the last timestep
+            assert (False, time_limit) in ends
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("storm", {}, "InTheGrid: .*observations"),
+        ("MPE_simple_facmac_v1", {}, "SimpleFacmacMPE: .*actions"),
+        ("MPE_simple_speaker_listener_v4", {}, "SimpleSpeakerListenerMPE: .*observations"),
+        ("jaxnav", {"act_type": "Discrete"}, "JaxNav: .*2 in the mask, 15 actions"),
+        # The two sides of SMAX see as much, but one has more to shoot at.
+        ("SMAX", {"scenario": map_name_to_scenario("5m_vs_6m")}, "SMAX: .*actions"),
+    ],
+    ids=lambda x: x if isinstance(x, str) and ":" not in x else "",
+)
+def test_the_guides_adapter_refuses_what_it_cannot_record(name, options, reason):
+    adapter = guides_adapter("An environment of JaxMARL", "smax = ")["JaxMARL"]
+    with pytest.raises(ippo.ConfigError, match=reason) as error:
+        adapter(jaxmarl.make(name, **options), 10)
+    assert "not with this adapter" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_guides_adapter_records_what_gymnaxs_cartpole_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = readme_code("An environment of gymnax")
+    code = assign(code, num_updates=1, num_evaluation=1, max_steps_in_episode=20)
+    variables = {}
+    exec(compile(code, "GUIDE.md", "exec"), variables)
+    env, params = gymnax.make("CartPole-v1")
+    params = params.replace(max_steps_in_episode=20)
+
+    def begin(key):
+        key, reset_key = jax.random.split(key)
+        return key, *env.reset(reset_key, params)
+
+    def step(state, action):
+        key, seen, state = state
+        leaves = {"observation": seen[None], "legal_action_mask": jnp.ones((1, 2), bool)}
+        key, step_key = jax.random.split(key)
+        seen, state, reward, done, _ = env.step_env(step_key, state, action[0], params)
+        has_fallen = (jnp.abs(state.x) > 2.4) | (jnp.abs(state.theta) > jnp.deg2rad(12))
+        leaves |= {"reward": reward[None], "done": done, "truncation": done & ~has_fallen}
+        return (key, seen, state), key, leaves
+
+    (path,) = Path("vaults/ff_ippo_gymnax").iterdir()
+    ends = ends_of(check_raw(path, begin, step))
+    # Some fall in the last timestep, which the time limit would end as well.
+    assert {(True, 20), (False, 20), (False, 12)} <= ends
+    with pytest.raises(ippo.ConfigError, match=r"^Pendulum-v1: not with this adapter: .*discrete$"):
+        variables["Gymnax"](*gymnax.make("Pendulum-v1"))
+
+
+def test_the_guides_adapter_records_what_jumanjis_cleaner_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = readme_code("An environment of Jumanji with images")
+    size = {"num_rows": 3, "num_cols": 3, "num_agents": 3}
+    code = assign(code, num_updates=1, num_evaluation=1, time_limit=8, **size)
+    variables = {}
+    exec(compile(code, "GUIDE.md", "exec"), variables)
+    generator = type(variables["cleaner"].generator)(**size)
+    env, endless = (Cleaner(generator, time_limit=limit) for limit in (8, 10**6))
+
+    def see(seen):  # agent by agent and layer by layer
+        views = []
+        for agent in range(3):
+            at = [jnp.zeros((3, 3)).at[*seen.agents_locations[i]].set(1) for i in range(3)]
+            others = sum(at[i] for i in range(3) if i != agent)
+            layers = [seen.grid == 0, seen.grid == 1, seen.grid == 2, at[agent], others]
+            views.append(jnp.concatenate([jnp.ravel(layer) for layer in layers]))
+        return {"observation": jnp.stack(views), "legal_action_mask": seen.action_mask}
+
+    def begin(key):
+        state, timestep = env.reset(key)
+        return state, timestep.observation
+
+    def step(state, action):
+        state, seen = state
+        leaves = see(seen)
+        is_terminal = endless.step(state, action)[1].last()
+        state, timestep = env.step(state, action)
+        done, is_last = timestep.last(), state.step_count == 8  # which counts as cut off
+        leaves |= {"reward": jnp.full(3, timestep.reward), "done": done}
+        leaves["truncation"] = done & (is_last | ~is_terminal)
+        return (state, timestep.observation), state.key, leaves
+
+    (path,) = Path("vaults/ff_ippo_cleaner").iterdir()
+    ends = ends_of(check_raw(path, begin, step))
+    assert {(True, 8), (False, 6)} <= ends
 
 
 def test_readmes_environment_is_recorded(tmp_path, monkeypatch):
