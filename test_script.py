@@ -1652,7 +1652,6 @@ WIDE = "ippo.TASKS['walk'] = test_script.WALK._replace(make=test_script.Wide)"
 @pytest.mark.parametrize(
     ("more", "setup", "env", "message"),
     [
-        ("--system.seed 1", "", "", "system.seed"),
         ("--arch.num-envs 8", "", "", "arch.num_envs"),
         ("--checkpoint.load-params gone", "", "", "checkpoint.load_params"),
         ("", "", "test_script.Walk(3, True, False)", "give all"),
