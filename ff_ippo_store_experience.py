@@ -1117,7 +1117,7 @@ def write_file(path: Path, content: bytes):
     temporary = path.with_name(f".{path.stem}")
     temporary.write_bytes(content)
     with temporary.open() as file:
-        os.fsync(file)  # otherwise it may be empty where the power fails next
+        os.fsync(file.fileno())  # otherwise it may be empty where the power fails next
     temporary.replace(path)
 
 
@@ -1272,9 +1272,10 @@ def load_checkpoint(file: Path, metadata: dict, like: Progress, mesh: Mesh) -> P
 
 def load_params(path: str | Path) -> Params:
     """The best parameters of a run, vaults/NAME/UID; a FileNotFoundError where there are none."""
-    files = find_checkpoints(find_parts(Path(path))[0])
+    (folder, *_) = find_parts(Path(path))
+    files = find_checkpoints(folder)
     if not files:
-        raise FileNotFoundError(f"there is no checkpoint in {path}")
+        raise FileNotFoundError(f"there is no checkpoint in {folder}")
     return Params(**read_checkpoint(files[max(files)])["params"])
 
 
@@ -1369,14 +1370,16 @@ def iterate_episodes(
         f"percentiles {percentiles} of {num_evaluations} evaluations hold none",
     )
 
-    def read(store, start, stop):  # evaluations of a leaf, as (D * UB * NE, time, ...)
+    def read(store, start, stop):  # evaluations of a leaf, as (D * UB * NE * time, ...)
         # `Vault.read` would read all of all leaves, onto the accelerator.
         rows = store[:, start * rollout_length : stop * rollout_length].read().result()
-        return restore_time_order(rows, metadata["num_devices"], num_updates, rollout_length)
+        rows = restore_time_order(rows, metadata["num_devices"], num_updates, rollout_length)
+        return rows.reshape(-1, *rows.shape[2:])
 
     # FIND all episodes, one environment after the other: `done` of one agent is small
     done = stores["done"]
-    row, end = np.nonzero(read(done if done.ndim == 2 else done[..., 0], 0, last))
+    ends = np.flatnonzero(read(done if done.ndim == 2 else done[..., 0], 0, last))
+    row, end = divmod(ends, last * evaluation_length)
     begin = np.where(np.diff(row, prepend=-1) > 0, 0, np.roll(end, 1) + 1)
     is_asked_for = begin >= first * evaluation_length
     evaluation = end // evaluation_length
@@ -1394,13 +1397,10 @@ def iterate_episodes(
         row_start = (row * (stop - oldest) - oldest) * evaluation_length
         shift = (row_start + begin)[is_here] - episode_start
         index = np.arange(length.sum()) + np.repeat(shift, length)
-        transitions = {}
-        for leaf in {"reward", *leaves}:
-            rows = read(stores[leaf], oldest, stop)
-            transitions[leaf] = rows.reshape(-1, *rows.shape[2:])[index]
+        transitions = {x: read(stores[x], oldest, stop)[index] for x in {"reward", *leaves}}
         reward = np.atleast_2d(transitions["reward"].T).mean(axis=0, dtype=np.float64)
         yield Episodes(
-            transitions={leaf: transitions[leaf] for leaf in leaves},
+            transitions={leaf: transitions.pop(leaf) for leaf in leaves},
             start=episode_start,
             length=length,
             episode_return=np.add.reduceat(reward, episode_start).astype(np.float32),
@@ -1488,6 +1488,7 @@ def export_og_marl(
                 metadata = json.loads(json.dumps(metadata))  # plain dictionaries, as JAX knows them
                 vault = make_vault(folder, experience, 10_000, {"recording": metadata})
             append_to_vault(vault, experience, experience["actions"].shape[1])
+            del episodes, experience  # before the next window is read
     return path
 
 
@@ -1799,7 +1800,8 @@ def check_folder(vault, resume):
     # A process that began anew would make the others forget what they have.
     require(
         exists.all() == exists.any(),
-        f"{own} {'is' if own.exists() else 'is not'} there, unlike that of another process",
+        f"{own} {'is' if own.exists() else 'is not'} there, unlike that of another process: bring "
+        "it back, or choose another vault.uid",
     )
     return own
 
