@@ -217,15 +217,19 @@ IMPORT_PROCESS = os.getpid()  # in which the import of Jumanji has started JAX
 
 def log(message, is_last=False):
     """Print a line, in process 0 alone; where stdout is gone, the last one goes to stderr."""
-    if jax.process_index() == 0:
+    if jax.process_index() > 0:
+        return
+    if sys.stdout:  # else it was closed
         try:
+            if hasattr(sys.stdout, "reconfigure"):  # what it cannot print is escaped
+                sys.stdout.reconfigure(errors="backslashreplace")
             tqdm.write(message)  # above the progress bar
             sys.stdout.flush()  # a log file shows how far it is
-        except (AttributeError, OSError):  # it was closed, or its reader has ended
-            sys.stdout = None  # what Flashbax prints is lost, too
-            if is_last:
-                with contextlib.suppress(OSError):
-                    print(message, file=sys.stderr)
+        except OSError:  # nobody reads it any more
+            sys.stdout = None
+    if is_last and not sys.stdout:
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
 
 
 def gather(tree):
@@ -354,7 +358,7 @@ class AgentWrapper(Wrapper):
         with jax.ensure_compile_time_eval():  # under `jit`, the specification would be traced
             spec = getattr(self._env, "action_spec", None)
             require(
-                np.size(getattr(spec, "num_values", ())) in (1, num_agents),
+                np.shape(getattr(spec, "num_values", ())) in ((), (1,), (num_agents,)),
                 f"{type(self._env).__name__} has no action_mask in its observation, nor an "
                 f"action_spec of discrete actions of {num_agents} agents",
             )
@@ -1085,17 +1089,17 @@ class VaultWriter:
 def open_vault(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Vault, dict]:
     """A vault that exists, and its metadata; a FileNotFoundError where there is none."""
     folder = Path(rel_dir).expanduser()
-    metadata = (folder / name / uid / "metadata.json").read_text()
-    vault = Vault(name, rel_dir=str(folder), vault_uid=uid)
-    return vault, json.loads(metadata, object_hook=Entries)
+    text = (folder / name / uid / "metadata.json").read_text()
+    metadata = json.loads(text, object_hook=Entries)
+    return Vault(name, rel_dir=str(folder), vault_uid=uid), metadata
 
 
 # ---- FILES: the folder of a run ------------------------------------------------------------------
 def run_path(name: str, uid: str, rel_dir: str = "vaults") -> Path:
     """The folder REL_DIR/NAME/UID, absolute; a `ConfigError` where Flashbax would mistake it."""
     path = Path(os.path.abspath(Path(rel_dir).expanduser()), name, uid)
-    is_whole = path.parts[-2:] == (name, uid) and "/." not in f"/{name}/{uid}"
-    is_plain = is_whole and not set(str(path)) & set("#%?|\\\t\n")
+    is_whole = re.fullmatch("[^./][^/]*/[^./][^/]*", f"{name}/{uid}")
+    is_plain = is_whole and not re.search(r"[#%?|\\\t\n]", str(path))
     require(is_plain, f"{str(path)!r} must be made of plain names, without # % ? | \\")
     return path
 
@@ -1105,11 +1109,15 @@ def part_name(uid: str, index: int, count: int):
     return uid if count == 1 else f"{uid}-p{index:0{len(str(count))}}of{count}"
 
 
-def find_parts(path: Path):
+def find_names(folder, pattern):
+    """What is in a folder by a name that is wholly of a pattern: not UID-profile, nor N.bak."""
+    return [path for path in folder.glob("*") if re.fullmatch(pattern, path.name)]
+
+
+def find_parts(path):
     """The folder of a run, or those of its processes, in their order, absolute."""
     path = path.expanduser().absolute()
-    is_part = re.compile(rf"{re.escape(path.name)}-p\d+of\d+").fullmatch  # and not UID-profile
-    return sorted(part for part in path.parent.glob("*") if is_part(part.name)) or [path]
+    return sorted(find_names(path.parent, rf"{re.escape(path.name)}-p\d+of\d+")) or [path]
 
 
 def write_file(path: Path, content: bytes):
@@ -1229,17 +1237,16 @@ def save_checkpoint(path: Path, metadata: dict, progress: Progress, mesh: Mesh):
 
 def find_checkpoints(path: Path):
     """The checkpoints in the folder of a run, by the number of evaluations done."""
-    files = path.glob("checkpoint.*")
-    return {int(x.suffix[1:]): x for x in files if x.suffix[1:].isdecimal()}
+    return {int(file.suffix[1:]): file for file in find_names(path, r"checkpoint\.\d+")}
 
 
 def read_checkpoint(file: Path):
     """What is in a checkpoint; a `ConfigError` where it is damaged."""
     try:
-        return msgpack_restore(file.read_bytes())
-    except ValueError as error:
+        return dict(msgpack_restore(file.read_bytes()))
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{file} is damaged: delete it, and the run goes on from the one before"
+            f"{file} is damaged: delete it, to go on from the checkpoint before it"
         ) from error
 
 
@@ -1272,7 +1279,7 @@ def load_checkpoint(file: Path, metadata: dict, like: Progress, mesh: Mesh) -> P
 
 def load_params(path: str | Path) -> Params:
     """The best parameters of a run, vaults/NAME/UID; a FileNotFoundError where there are none."""
-    (folder, *_) = find_parts(Path(path))
+    folder = find_parts(Path(path))[0]
     files = find_checkpoints(folder)
     if not files:
         raise FileNotFoundError(f"there is no checkpoint in {folder}")
@@ -1341,7 +1348,7 @@ def iterate_episodes(
     name: str,
     uid: str,
     rel_dir: str = "vaults",
-    percentiles: tuple = (0, 100),
+    percentiles=(0, 100),
     leaves=None,
     num_steps: int = 50_000,
 ) -> Iterator[Episodes]:
@@ -1398,7 +1405,7 @@ def iterate_episodes(
         shift = (row_start + begin)[is_here] - episode_start
         index = np.arange(length.sum()) + np.repeat(shift, length)
         transitions = {x: read(stores[x], oldest, stop)[index] for x in {"reward", *leaves}}
-        reward = np.atleast_2d(transitions["reward"].T).mean(axis=0, dtype=np.float64)
+        reward = np.atleast_2d(transitions["reward"].T).mean(axis=0, dtype=float)
         yield Episodes(
             transitions={leaf: transitions.pop(leaf) for leaf in leaves},
             start=episode_start,
@@ -1409,7 +1416,7 @@ def iterate_episodes(
 
 
 def load_episodes(
-    name: str, uid: str, rel_dir: str = "vaults", percentiles: tuple = (0, 100), leaves=None
+    name: str, uid: str, rel_dir: str = "vaults", percentiles=(0, 100), leaves=None
 ) -> Episodes:
     """What `iterate_episodes` gives, in one; to join it takes twice the memory of the result."""
     windows = iterate_episodes(name, uid, rel_dir, percentiles, leaves)
@@ -1524,9 +1531,9 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
     returns = np.stack([evaluation.episode_return for evaluation in evaluations])
     training = [evaluation.train_episode_return for evaluation in evaluations]
     losses = list(evaluations[0].losses)  # none where nothing was learned
-    mosaic = [["return"] * len(losses), losses] if losses else [["return"]]
+    above = [["return"] * max(1, len(losses))] * 2  # twice as high
     figure = Figure(figsize=(8.5, 5.5), dpi=150, layout="constrained")
-    panels = figure.subplot_mosaic(mosaic, height_ratios=[2, 1][: len(mosaic)])
+    panels = figure.subplot_mosaic([*above, losses] if losses else above)
     axes = panels.pop("return")
     low, high = np.percentile(returns, [10, 90], axis=1)
     axes.fill_between(
@@ -1535,10 +1542,10 @@ def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
     axes.plot(steps, training, ",-", label="training: mean", color="#E69F00")
     axes.plot(steps, returns.mean(axis=1), ",-", label="evaluation: mean", color="#0072B2")
     axes.set(ylabel="Episode return", xlabel="Environment steps")
-    axes.legend(loc="upper left")
+    axes.legend()
     for name, axes in panels.items():
         values = [evaluation.losses[name] for evaluation in evaluations]
-        axes.plot(steps, values, ",-", color="#555555")
+        axes.plot(steps, values, ",-")
         axes.set(title=name, xlabel="Environment steps")
     return figure
 
@@ -1560,7 +1567,7 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
     one_each = in_thirds(np.ones(len(third)))
 
     figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=[4, 4, 5])
+    axes = figure.subplots(1, 3)
     every_action = np.arange(num_actions)
     edges = np.arange(num_actions + 1) - 0.5
     for panel, xlabel, values, counts, bins in (
@@ -1577,7 +1584,7 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
         )
         panel.set(xlabel=xlabel, ylabel="Share (%)")
     axes[2].set_xticks(every_action, metadata["task"]["actions"] or every_action, rotation=30)
-    axes[0].legend(fontsize="small")
+    axes[0].legend()
     return figure
 
 
@@ -1588,7 +1595,7 @@ def check_environment(env: Environment):
     limit = getattr(env, "time_limit", None)
     require(not isinstance(env, type), f"{env} is a class: give an instance of it")
     require(
-        isinstance(limit, int | np.integer) and limit > 0,
+        isinstance(limit, int | np.integer) and 0 < limit < 2**31,
         f"time_limit of {name} is {limit!r}: it must be an int, of timesteps",
     )
     check_interface(env, name)
@@ -1617,18 +1624,19 @@ def check_interface(env, name):
         )
     num_agents = np.shape(seen.agents_view)[:1]
     for part, letters in {"agents_view": "NO", "action_mask": "NA", "global_state": "S"}.items():
-        shape = np.shape(getattr(seen, part, None))
+        value = getattr(seen, part, None)
+        shape = np.shape(value)
         is_fit = len(shape) == len(letters) and ("N" not in letters or shape[:1] == num_agents)
         require(
-            is_fit or getattr(seen, part, None) is None,
+            is_fit or (value is None and part != "agents_view"),
             f"{part} of {name} has the shape {shape}, not ({', '.join(letters)})",
         )
 
     action = jnp.zeros(num_agents, jnp.int32)
     _, second = trace("step", state, action)
     of_all_or_each = ((), num_agents)
-    fittings = {"step_type": [()], "reward": of_all_or_each, "discount": of_all_or_each}
-    for part, fitting in fittings.items():
+    for part in ("step_type", "reward", "discount"):
+        fitting = [()] if part == "step_type" else of_all_or_each
         shape = getattr(getattr(second, part), "shape", None)
         require(shape in fitting, f"{part} of {name} has the shape {shape}, not one of {fitting}")
 
@@ -1644,7 +1652,7 @@ def check_interface(env, name):
 
 
 def check_episodes(env, name):
-    """16 copies of the environment act at random for `time_limit` timesteps, or up to 127 more."""
+    """16 copies of the environment act at random for `time_limit` timesteps, or 2**14 of them."""
     agents = AgentWrapper(env, add_agent_id=False)
     limit = env.time_limit
     piece = min(limit, 128)  # timesteps that are held at once
@@ -1669,7 +1677,7 @@ def check_episodes(env, name):
     def play(key):
         begin = reset_environments(agents, jax.random.split(key, 16))
         (_, end), facts = jax.lax.scan(
-            play_piece, (key[None], begin), length=math.ceil(limit / piece)
+            play_piece, (key[None], begin), length=min(128, math.ceil(limit / piece))
         )
         return raw(end.state.key), begin.observation.agents_view, facts
 
@@ -1702,10 +1710,7 @@ def check_episodes(env, name):
 def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
     system, arch, vault = config.system, config.arch, config.vault
-    require(
-        os.getpid() == IMPORT_PROCESS,
-        "a forked process cannot use JAX: begin it by multiprocessing.get_context('spawn')",
-    )
+    require(os.getpid() == IMPORT_PROCESS, "after a fork, JAX hangs: use multiprocessing's spawn")
 
     # EACH NUMBER by itself
     defaults = flatten_dict(dataclasses.asdict(Config()), sep=".")
@@ -1755,7 +1760,9 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
             f"env.time_limit is {time_limit}, but that of {task.marl_eval_name} {env.time_limit}",
         )
         scenario = task.marl_eval_name if scenario in TASKS else scenario
-    run_path(task.og_marl_name, f"{scenario}.vlt")  # a folder of its name can be made
+    run_path(
+        task.og_marl_name, f"{scenario}.vlt", vault.rel_dir
+    )  # a folder of its name can be made
 
     # WHAT WAS LEFT OPEN
     return dataclasses.replace(
@@ -1773,13 +1780,13 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
 
 def check_processes(metadata):
     """Raise a `ConfigError`, in all processes, if one of them was given something else."""
-    given = settings_without(metadata, (*OWN_SETTINGS, "environment."))
-    given["environment"] = metadata["environment"]  # as one: these may be of another number
+    # The environments are compared as one, for they may have another number of arrays.
+    as_one = {"environment": [metadata["environment"]]}
+    given = settings_without(metadata | as_one, OWN_SETTINGS)
     digests = [zlib.crc32(repr(value).encode()) for value in given.values()]
-    is_same = np.ptp(gather(np.array([digests], np.int64)), axis=0) == 0
-    differing = [name for name, same in zip(given, is_same, strict=True) if not same]
+    differing = np.array(list(given))[np.ptp(gather(np.array([digests])), axis=0) != 0]
     require(
-        not differing,
+        not differing.size,
         f"the processes were given different {', '.join(differing)}: give all the same",
     )
 
@@ -1821,7 +1828,6 @@ def make_metadata(config: Config, task: Task, env_state: EnvState):
         "num_updates_per_eval": config.system.num_updates // config.arch.num_evaluation,
         "jax_threefry_partitionable": jax.config.jax_threefry_partitionable,
         "jax_default_prng_impl": jax.config.jax_default_prng_impl,
-        "jax_enable_x64": jax.config.jax_enable_x64,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "environment": {
             jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{x.shape[1:]}"
@@ -1866,22 +1872,31 @@ class Recorder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(f"another process is recording into {self.path}") from error
-            # Of several processes that were killed, one may have a checkpoint more than another.
+            # Of several processes that were killed, one may have newer checkpoints than another.
             files = find_checkpoints(self.path)
-            require(files, f"there is no checkpoint in {self.path}")
-            self.num_written = int(gather(np.array([max(files)])).min())  # evaluations on disk
-            for number, newer in files.items():
-                if number > self.num_written:
-                    newer.unlink()
+            newest = ([-1] * 3 + sorted(files))[-3:]
+            held = gather(np.array([newest])).tolist()  # by each process
+            common = set.intersection(*map(set, held)) - {-1}
+            require(
+                common,
+                f"there is no checkpoint in {self.path} that all processes have: {sorted(files)}",
+            )
+            self.num_written = max(common)  # evaluations on disk
             self.progress = load_checkpoint(
                 files[self.num_written], self.metadata, progress, self.mesh
             )
+            for number, newer in files.items():
+                if number > self.num_written:
+                    newer.unlink()
             if self.is_saving:
                 # TensorStore's next write would go into such a file of a process that was killed,
                 # without truncating it, and make the vault unreadable.
                 for stale in self.path.rglob("*.__lock"):
                     stale.unlink()
-                vault = Vault(str(self.path.parent), vault_uid=self.path.name)
+                with mock.patch(
+                    "flashbax.vault.vault.print", create=True
+                ):  # process 0 alone prints
+                    vault = Vault(str(self.path.parent), vault_uid=self.path.name)
                 require(
                     vault.vault_index >= self.num_written * self.rollout_length,
                     f"the vault of {self.path} holds less than its checkpoint.{self.num_written} "
@@ -1916,19 +1931,19 @@ class Recorder:
 
 
 def check_update(output: LearnerOutput, first_step, num_steps):
-    """Raise an error that tells at which step one of the NU updates went wrong."""
-    legal = output.experience["legal_action_mask"].any(axis=-1)  # (D, NU, UB, T, NE, N)
-    finite, has_action = jax.device_get((output.finite, legal.all(axis=(0, 2, 3, 4))))
-    step = lambda fit: first_step + (fit.argmin() + 1) * num_steps // len(fit)
+    """Raise an error that tells where updates went wrong."""
+    finite = jax.device_get(output.finite)
     if not finite.all():
+        step = first_step + (finite.argmin() + 1) * num_steps // len(finite)
         raise FloatingPointError(
-            f"a loss is not finite at step {step(finite):,}: "
-            "lower system.actor_lr and system.critic_lr"
+            f"a loss is not finite at step {step:,}: lower system.actor_lr and system.critic_lr"
         )
+    legal = output.experience["legal_action_mask"].any(axis=-1)  # (D, NU, UB, T, NE, N)
+    has_action = jax.device_get(legal.all(axis=(0, 1, 2, 3, 4)))
     require(
         has_action.all(),
-        f"agent {has_action.all(axis=0).argmin()} had no legal action before step "
-        f"{step(has_action.all(axis=1)):,}: let its action_mask always have one",
+        f"agent {has_action.argmin()} had no legal action before step {first_step + num_steps:,}: "
+        "let its action_mask always have one",
     )
 
 
@@ -1991,8 +2006,8 @@ def run_experiment(
     with recorder.open(progress) as progress, ThreadPoolExecutor(1) as disk:
         num_done = len(progress.evaluations)
         is_shown = "ipykernel" in sys.modules or (sys.stdout and sys.stdout.isatty())
-        has_bar = jax.process_index() == 0 and is_shown
-        bar = tqdm(total=num_evaluation, initial=num_done, file=sys.stdout, disable=not has_bar)
+        is_hidden = jax.process_index() > 0 or not is_shown
+        bar = tqdm(total=num_evaluation, initial=num_done, file=sys.stdout, disable=is_hidden)
         stopped = False
         storing = disk.submit(recorder.write)  # what the disk is doing; there is nothing new yet
         try:
@@ -2066,9 +2081,6 @@ def main(env: Environment | None = None):
     """The command line: every field of `Config` is a flag, such as --system.num-updates 10."""
     config = tyro.cli(Config)
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # where it cannot print a folder's name
-
     # SIGNALS: the first ends the run after the evaluation under way, a second at once
     stop, caught = threading.Event(), []
 
@@ -2080,13 +2092,15 @@ def main(env: Environment | None = None):
         for each, handler in handlers.items():
             if hasattr(builtins, "__IPYTHON__"):
                 signal.signal(each, handler)  # the session lives on
+            elif each == signal.SIGHUP:  # a shell and its terminal send one each
+                signal.signal(each, signal.SIG_IGN)
             elif os.getpid() > 1:  # process 1 of a container has no default action
                 signal.signal(each, signal.SIG_DFL)
 
-    handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` makes it
-            handlers[number] = signal.signal(number, catch)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as `nohup` makes it
+        numbers.pop()
+    handlers = {number: signal.signal(number, catch) for number in numbers}
     try:
         result = run_experiment(config, env, stop)
     except (FloatingPointError, OSError, ValueError) as error:
@@ -2104,10 +2118,9 @@ def main(env: Environment | None = None):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if caught:
-        sys.exit(128 + caught[0])
-    if len(result.evaluations) < config.arch.num_evaluation:  # another process caught it
-        sys.exit(128 + signal.SIGTERM)
+    # Another process may have caught it.
+    if caught or len(result.evaluations) < config.arch.num_evaluation:
+        sys.exit(128 + [*caught, signal.SIGTERM][0])
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not pasted into a notebook

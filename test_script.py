@@ -523,10 +523,12 @@ def say_end(state, timestep):
 swap = lambda state, timestep: (timestep, state)
 later = lambda state, timestep: (state._replace(step_count=state.step_count + 0.5), timestep)
 FLAT = ippo.Observation(np.zeros(3), np.ones((2, 3)))
+NO_VIEW = ippo.Observation(None, np.ones((2, 3)))
 BOX = specs.BoundedArray((2,), float, -1.0, 1.0)
 MISTAKES = {
     "class": (Walk, r"Walk.* is a class: give an instance of it"),
     "no limit": (changed(time_limit=None), "time_limit of Walk is None: it must be an int"),
+    "huge": (changed(time_limit=2**31), "time_limit of Walk is 2147483648: it must be an int"),
     "half a step": (changed(time_limit=9.5), "time_limit of Walk is 9.5: it must be an int"),
     "limit": (Walk(2, True, False), "time_limit is 9, but that of Walk 10"),
     "order": (changed(swap, swap), r"reset of Walk must return \(state, TimeStep\)"),
@@ -548,6 +550,10 @@ MISTAKES = {
     "flat": (
         changed(lambda x, y: (x, y.replace(observation=FLAT))),
         r"agents_view of Walk has the shape \(3,\), not \(N, O\)",
+    ),
+    "no view": (
+        changed(lambda x, y: (x, y.replace(observation=NO_VIEW))),
+        r"agents_view of Walk has the shape \(\), not \(N, O\)",
     ),
     "images": (
         changed(see_images, see_images),
@@ -593,6 +599,7 @@ MISTAKES = {
         "Walk ended before its time_limit, 10, with a discount not 0",
     ),
     "too late": (changed(time_limit=11), "Walk ended before its time_limit, 11, with a discount"),
+    "far too late": (changed(time_limit=10**9), "before its time_limit, 1000000000, with a disc"),
 }
 
 
@@ -679,6 +686,11 @@ def test_a_scenario_that_no_folder_can_have_is_refused_before_the_run(tmp_path, 
     with pytest.raises(ippo.ConfigError, match=scenario) as error:
         experiment(tmp_path, f"--env.scenario {scenario}", Walk(2, True, False))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_the_working_directory_may_have_any_name(tmp_path):
+    result = experiment(tmp_path / "a#b", f"--vault.rel-dir {tmp_path}/plain")
+    assert result.path == tmp_path / "plain/ff_ippo_walk/a"
 
 
 def test_a_wrapped_environment_keeps_its_name():
@@ -1280,6 +1292,13 @@ def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path):  # as `nohup` and `d
     assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
+def test_an_interrupt_is_heeded_also_in_the_background_of_a_shells_script(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with at_evaluation(0, functools.partial(signal.raise_signal, signal.SIGINT)):
+        assert command_line(tmp_path, evaluations(2)) == 128 + signal.SIGINT
+    assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
+
+
 # Process 1, as in a container, is sent no signal that would have its default action.
 @pytest.mark.parametrize("before", [(), ("unshare", "--pid", "--fork")], ids=["", "container"])
 def test_a_second_signal_ends_a_run_at_once(tmp_path, before):
@@ -1355,7 +1374,8 @@ WAYS = {
     "SIGTERM": (at_evaluation(2, functools.partial(signal.raise_signal, 15)), 143, 3),
     "copied": (at_evaluation(4, interrupt), KeyboardInterrupt, 4),
     "finished": (contextlib.nullcontext(), 0, 2),
-    "SIGHUP": (at_evaluation(2, functools.partial(signal.raise_signal, 1)), 129, 3),
+    # A shell sends one, and its terminal another.
+    "SIGHUP": (at_evaluation(2, lambda: [signal.raise_signal(1) for _ in range(2)]), 129, 3),
     "vault failed": (failing(Vault, "write", exceeded), FULL, 3),
     "checkpoint failed": (failing(ippo, "save_checkpoint", quota), FULL, 1),
     "killed": (None, None, 1),
@@ -1499,6 +1519,11 @@ HALF = functools.partial(truncate_newest, size=999)
 DAMAGES = {
     "older vault": (set_vault_back, None, r"vault.*checkpoint|checkpoint.*vault"),
     "empty checkpoint": (truncate_newest, None, r"checkpoint\.5 .*delete"),
+    "no dictionary": (
+        lambda path: (path / "checkpoint.5").write_bytes(b"\0"),
+        None,
+        r"checkpoint\.5 .*delete",
+    ),
     "half a checkpoint": (HALF, None, r"checkpoint\.5 .*delete"),
     "no checkpoint": (delete_checkpoints, None, "no checkpoint"),
     "another observation": (None, Wide, "observation|agents_view"),
@@ -1528,11 +1553,34 @@ def test_the_newest_checkpoint_is_deleted_and_the_run_goes_on_from_the_one_befor
     with pytest.raises(ippo.ConfigError, match=r"checkpoint\.5 .*delete"):
         ippo.load_params(path)
     (path / "checkpoint.5").unlink()
-    for name in ("checkpoint.9.bak", "checkpoint.x", "checkpoint."):  # are no checkpoints
+    names = ("checkpoint.9.bak", "checkpoint.old.9", "checkpoint.x", "checkpoint.")
+    for name in names:  # are no checkpoints
         (path / name).touch()
     ippo.load_params(path)
     check_equal(experiment(tmp_path, FIVE + RESUME).path, whole[1].path)
     assert (path / "checkpoint.9.bak").exists()
+
+
+def test_processes_go_on_from_the_newest_checkpoint_that_all_of_them_have(tmp_path, whole):
+    shutil.copytree(whole[1].path, tmp_path / RUN)
+    before = snapshot(tmp_path)
+    gather = ippo.gather
+
+    def held_by(other):  # as if another process had these checkpoints
+        stack = lambda x: (
+            np.stack([x[0], other]) if getattr(x, "shape", None) == (1, 3) else gather(x)
+        )
+        return mock.patch.object(ippo, "gather", stack)
+
+    message = r"no checkpoint in .*/a that all processes have: \[2, 4, 5\]"
+    with held_by([-1, 0, 1]), pytest.raises(ippo.ConfigError, match=message):
+        experiment(tmp_path, FIVE + RESUME)
+    assert snapshot(tmp_path) == before
+    seen = []
+    look = lambda: seen.append((tmp_path / RUN / "checkpoint.5").exists())
+    with held_by([1, 2, 4]), at_evaluation(0, look):
+        check_equal(experiment(tmp_path, FIVE + RESUME).path, whole[1].path)
+    assert seen == [False]  # it went back to the fourth, and forgot the newer one
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path):
