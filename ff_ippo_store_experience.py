@@ -1580,11 +1580,11 @@ def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
             bins,
             weights=[100 * count / max(1, count.sum()) for count in counts],
             color=["#A6CEE3", "#4292C6", "#08306B"],  # their lightness tells them apart
-            label=[f"{part} third of training" for part in ("first", "second", "last")],
+            label=[f"{part} third" for part in ("first", "second", "last")],
         )
         panel.set(xlabel=xlabel, ylabel="Share (%)")
     axes[2].set_xticks(every_action, metadata["task"]["actions"] or every_action, rotation=30)
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
     return figure
 
 
