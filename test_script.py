@@ -1322,11 +1322,12 @@ def send_twice():
 
 def test_a_second_interrupt_in_a_notebook_does_not_end_the_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)  # as a kernel has it, also in the background
     twice = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     with at_evaluation(1, twice):
         assert command_line(tmp_path, evaluations(2)) is KeyboardInterrupt
-    assert signal.getsignal(signal.SIGINT) == handler
+    assert signal.signal(signal.SIGINT, before) == handler
     assert open_with_flashbax(tmp_path / RUN).vault_index == 16  # what was logged is saved
 
 
