@@ -168,7 +168,7 @@ class Config:
 
 
 class ConfigError(ValueError):
-    """A run that cannot be started as it is configured; one line says what to change."""
+    """A run that cannot be made as it is configured; one line says what to change."""
 
 
 def require(condition: bool, message: str):
@@ -1235,12 +1235,12 @@ def save_checkpoint(path: Path, metadata: dict, progress: Progress, mesh: Mesh):
         old.unlink()
 
 
-def find_checkpoints(path: Path):
+def find_checkpoints(path):
     """The checkpoints in the folder of a run, by the number of evaluations done."""
     return {int(file.suffix[1:]): file for file in find_names(path, r"checkpoint\.\d+")}
 
 
-def read_checkpoint(file: Path):
+def read_checkpoint(file):
     """What is in a checkpoint; a `ConfigError` where it is damaged."""
     try:
         return dict(msgpack_restore(file.read_bytes()))
@@ -1634,9 +1634,8 @@ def check_interface(env, name):
 
     action = jnp.zeros(num_agents, jnp.int32)
     _, second = trace("step", state, action)
-    of_all_or_each = ((), num_agents)
     for part in ("step_type", "reward", "discount"):
-        fitting = [()] if part == "step_type" else of_all_or_each
+        fitting = [()] if part == "step_type" else [(), num_agents]  # of all agents, or each
         shape = getattr(getattr(second, part), "shape", None)
         require(shape in fitting, f"{part} of {name} has the shape {shape}, not one of {fitting}")
 
@@ -1652,7 +1651,10 @@ def check_interface(env, name):
 
 
 def check_episodes(env, name):
-    """16 copies of the environment act at random for `time_limit` timesteps, or 2**14 of them."""
+    """16 copies of the environment act at random for `time_limit` timesteps.
+
+    These are made in pieces of 128, of which the last one is made whole: 2**14 in all at most.
+    """
     agents = AgentWrapper(env, add_agent_id=False)
     limit = env.time_limit
     piece = min(limit, 128)  # timesteps that are held at once
@@ -1696,8 +1698,11 @@ def check_episodes(env, name):
         facts["is_over"].all(),
         f"an episode of {name} has not ended at its time_limit, {limit}",
     )
-    message = f"an episode of {name} ended before its time_limit, {limit}, with a discount not 0"
-    require(facts["is_end"].all(), f"{message}: at a terminal state it must be 0")
+    require(
+        facts["is_end"].all(),
+        f"an episode of {name} ended before its time_limit, {limit}, with a discount not 0: at a "
+        "terminal state it must be 0",
+    )
     num_full = facts["num_full"].sum()
     if 0 < num_full == facts["num_terminal"].sum():
         log(
@@ -1760,9 +1765,8 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
             f"env.time_limit is {time_limit}, but that of {task.marl_eval_name} {env.time_limit}",
         )
         scenario = task.marl_eval_name if scenario in TASKS else scenario
-    run_path(
-        task.og_marl_name, f"{scenario}.vlt", vault.rel_dir
-    )  # a folder of its name can be made
+    # An export makes a folder of the scenario's name.
+    run_path(task.og_marl_name, f"{scenario}.vlt", vault.rel_dir)
 
     # WHAT WAS LEFT OPEN
     return dataclasses.replace(
@@ -1828,6 +1832,7 @@ def make_metadata(config: Config, task: Task, env_state: EnvState):
         "num_updates_per_eval": config.system.num_updates // config.arch.num_evaluation,
         "jax_threefry_partitionable": jax.config.jax_threefry_partitionable,
         "jax_default_prng_impl": jax.config.jax_default_prng_impl,
+        "jax_enable_x64": jax.config.jax_enable_x64,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "environment": {
             jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{x.shape[1:]}"
@@ -1893,9 +1898,8 @@ class Recorder:
                 # without truncating it, and make the vault unreadable.
                 for stale in self.path.rglob("*.__lock"):
                     stale.unlink()
-                with mock.patch(
-                    "flashbax.vault.vault.print", create=True
-                ):  # process 0 alone prints
+                # Flashbax prints in each process.
+                with mock.patch("flashbax.vault.vault.print", create=True):
                     vault = Vault(str(self.path.parent), vault_uid=self.path.name)
                 require(
                     vault.vault_index >= self.num_written * self.rollout_length,
@@ -1979,7 +1983,7 @@ def run_experiment(
 ) -> ExperimentResult:
     """Train, evaluate and record; `env` is your own environment, and `stop` ends the run early.
 
-    Raises a `ConfigError` before anything is recorded, and a FloatingPointError where it diverges.
+    Raises a `ConfigError` that says what to change, and a FloatingPointError where it diverges.
     """
     # INITIALISE
     stop = stop or threading.Event()
@@ -2085,7 +2089,7 @@ def main(env: Environment | None = None):
     stop, caught = threading.Event(), []
 
     def catch(number, frame):
-        if caught:
+        if caught:  # where a signal has no default action, see below
             os._exit(128 + number)
         caught.append(number)
         stop.set()

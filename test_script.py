@@ -1467,6 +1467,16 @@ def test_a_run_with_other_data_is_not_resumed(whole, arguments, message):
     assert "\n" not in str(error.value) and snapshot(folder) == before
 
 
+def test_a_run_is_not_resumed_with_numbers_of_other_widths(whole):
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", not before)
+    try:
+        with pytest.raises(ippo.ConfigError, match="jax_enable_x64 is True, but False in the run"):
+            experiment(whole[1].path.parents[2], FIVE + RESUME)
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 def truncate_newest(path, size=0):
     """What a power cut may leave of the newest checkpoint."""
     newest = path / "checkpoint.5"
