@@ -41,16 +41,18 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import operator
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +69,7 @@ import optax
 import tensorstore
 import tyro
 from chex import Array, ArrayTree, PRNGKey
-from flashbax.buffers.trajectory_buffer import TrajectoryBuffer, TrajectoryBufferState
+from flashbax.buffers.trajectory_buffer import TrajectoryBufferState
 from flashbax.vault.vault import TIME_AXIS_MAX_LENGTH, Vault
 from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.training.train_state import TrainState
@@ -202,7 +204,7 @@ if "--arch.distributed" in sys.argv and not jax.distributed.is_initialized():
 with mock.patch.object(builtins, "__IPYTHON__", False, create=True), mock.patch.dict(os.environ):
     if importlib.util.find_spec("matplotlib_inline") is None:
         os.environ.pop("MPLBACKEND", None)
-    from jumanji.env import Environment, State
+    from jumanji.env import Environment
     from jumanji.environments import LevelBasedForaging, RobotWarehouse
     from jumanji.environments.routing.lbf import generator as lbf
     from jumanji.environments.routing.robot_warehouse import constants
@@ -249,11 +251,22 @@ class Task(NamedTuple):
     extra_leaves: tuple = ("truncation",)  # recorded by default
 
 
-def warehouse_task(**size: int) -> Task:
+def warehouse_task(shelf_rows, num_agents, request_queue_size):
     """A RobotWarehouse, whose vault is the original's: no leaf but `done` tells of an end."""
-    size = {"shelf_columns": 3, "column_height": 8, "sensor_range": 1, **size}
+
+    def make(time_limit):
+        generator = rware.RandomGenerator(
+            shelf_rows=shelf_rows,
+            shelf_columns=3,
+            column_height=8,
+            num_agents=num_agents,
+            sensor_range=1,
+            request_queue_size=request_queue_size,
+        )
+        return CutOffWrapper(Warehouse(generator, time_limit))
+
     return Task(
-        make=lambda time_limit: CutOffWrapper(Warehouse(rware.RandomGenerator(**size), time_limit)),
+        make=make,
         time_limit=500,
         marl_eval_name="RobotWarehouse",
         og_marl_name="rware",
@@ -262,10 +275,15 @@ def warehouse_task(**size: int) -> Task:
     )
 
 
-def lbf_task(**size: int) -> Task:
-    """A LevelBasedForaging."""
+def lbf_task(grid_size, num_agents, num_food, fov, force_coop=False):
+    """A LevelBasedForaging, whose agents see `fov` cells far."""
+
+    def make(time_limit):
+        generator = lbf.RandomGenerator(grid_size, num_agents, num_food, fov, force_coop=force_coop)
+        return Foraging(generator, time_limit=time_limit)
+
     return Task(
-        make=lambda time_limit: Foraging(lbf.RandomGenerator(**size), time_limit=time_limit),
+        make=make,
         time_limit=100,
         marl_eval_name="LevelBasedForaging",
         og_marl_name="lbf",
@@ -273,23 +291,25 @@ def lbf_task(**size: int) -> Task:
     )
 
 
-# To add a task is to add an entry.  "2s" sees 2 cells far (`fov`), the others the whole grid.
+# To add a task is to add an entry.
 TASKS = {
-    "tiny-2ag": warehouse_task(shelf_rows=1, num_agents=2, request_queue_size=2),
-    "tiny-4ag": warehouse_task(shelf_rows=1, num_agents=4, request_queue_size=4),
-    "tiny-4ag-easy": warehouse_task(shelf_rows=1, num_agents=4, request_queue_size=8),
-    "small-4ag": warehouse_task(shelf_rows=2, num_agents=4, request_queue_size=4),
-    "2s-8x8-2p-2f-coop": lbf_task(grid_size=8, fov=2, num_agents=2, num_food=2, force_coop=True),
-    "8x8-2p-2f-coop": lbf_task(grid_size=8, fov=8, num_agents=2, num_food=2, force_coop=True),
-    "2s-10x10-3p-3f": lbf_task(grid_size=10, fov=2, num_agents=3, num_food=3),
-    "10x10-3p-3f": lbf_task(grid_size=10, fov=10, num_agents=3, num_food=3),
-    "15x15-3p-5f": lbf_task(grid_size=15, fov=15, num_agents=3, num_food=5),
-    "15x15-4p-3f": lbf_task(grid_size=15, fov=15, num_agents=4, num_food=3),
-    "15x15-4p-5f": lbf_task(grid_size=15, fov=15, num_agents=4, num_food=5),
+    # shelf rows, agents, requests
+    "tiny-2ag": warehouse_task(1, 2, 2),
+    "tiny-4ag": warehouse_task(1, 4, 4),
+    "tiny-4ag-easy": warehouse_task(1, 4, 8),
+    "small-4ag": warehouse_task(2, 4, 4),
+    # cells, agents, food, sight: "2s" sees 2 cells far, the others the whole grid
+    "2s-8x8-2p-2f-coop": lbf_task(8, 2, 2, 2, force_coop=True),
+    "8x8-2p-2f-coop": lbf_task(8, 2, 2, 8, force_coop=True),
+    "2s-10x10-3p-3f": lbf_task(10, 3, 3, 2),
+    "10x10-3p-3f": lbf_task(10, 3, 3, 10),
+    "15x15-3p-5f": lbf_task(15, 3, 5, 15),
+    "15x15-4p-3f": lbf_task(15, 4, 3, 15),
+    "15x15-4p-5f": lbf_task(15, 4, 5, 15),
 }
 
 
-def find_task(scenario: str, env: Environment | None = None) -> Task:
+def find_task(scenario, env=None):
     """The task of that name, or that of your own environment; else a `ConfigError`."""
     if env is None:
         return Entries(TASKS)[scenario]
@@ -302,9 +322,7 @@ def find_task(scenario: str, env: Environment | None = None) -> Task:
     )
 
 
-def make_env(
-    scenario: str, time_limit: int | None = None, add_agent_id: bool = True
-) -> Environment:
+def make_env(scenario, time_limit=None, add_agent_id=True):
     """One environment of a task, without auto-reset; raises what `find_task` does."""
     task = find_task(scenario)
     return AgentWrapper(task.make(time_limit or task.time_limit), add_agent_id)
@@ -321,15 +339,15 @@ class Observation(NamedTuple):
 class AgentWrapper(Wrapper):
     """Gives each agent its `Observation` (N, .), reward and discount (N,) float32, as in Mava."""
 
-    def __init__(self, env: Environment, add_agent_id: bool):
+    def __init__(self, env, add_agent_id):
         self._env = env
         self.add_agent_id = add_agent_id
 
-    def reset(self, key: PRNGKey) -> tuple[State, TimeStep]:
+    def reset(self, key):
         state, timestep = self._env.reset(key)
         return state, self._per_agent(timestep)
 
-    def step(self, state: State, action: Array) -> tuple[State, TimeStep]:  # (N,) int32
+    def step(self, state, action):  # (N,) int32
         state, timestep = self._env.step(state, action)
         return state, self._per_agent(timestep)
 
@@ -343,26 +361,26 @@ class AgentWrapper(Wrapper):
         if mask is None:
             mask = self._all_actions(num_agents)
         global_state = getattr(observation, "global_state", None)
-        to_float = lambda x: None if x is None else x.astype(jnp.float32)
+        to_float = functools.partial(jax.tree.map, jnp.float32)  # where there is something
         # What the team has in common is that of each agent.
-        reward = jnp.broadcast_to(timestep.reward, num_agents)
-        discount = jnp.broadcast_to(timestep.discount, num_agents)
+        to_each = lambda x: jnp.broadcast_to(to_float(x), num_agents)
         return timestep.replace(
             observation=Observation(to_float(view), mask.astype(bool), to_float(global_state)),
-            reward=to_float(reward),
-            discount=to_float(discount),
+            reward=to_each(timestep.reward),
+            discount=to_each(timestep.discount),
         )
 
     def _all_actions(self, num_agents):
         """The mask (N, A) where all actions that an agent has are legal."""
         with jax.ensure_compile_time_eval():  # under `jit`, the specification would be traced
             spec = getattr(self._env, "action_spec", None)
-            require(
-                np.shape(getattr(spec, "num_values", ())) in ((), (1,), (num_agents,)),
-                f"{type(self._env).__name__} has no action_mask in its observation, nor an "
-                f"action_spec of discrete actions of {num_agents} agents",
-            )
-            num_actions = np.broadcast_to(spec.num_values, num_agents)
+            num_actions = getattr(spec, "num_values", ())
+        require(
+            np.size(num_actions) in (1, num_agents),
+            f"{type(self._env).__name__} has no action_mask in its observation, nor an "
+            f"action_spec of discrete actions of {num_agents} agents",
+        )
+        num_actions = np.broadcast_to(num_actions, num_agents)
         return jnp.arange(num_actions.max()) < num_actions[:, None]
 
 
@@ -377,25 +395,24 @@ class EpisodeMetrics(NamedTuple):
 class EnvState(NamedTuple):
     """Where environments are, between two steps."""
 
-    state: State  # Jumanji's, tree of (...)
+    state: ArrayTree  # Jumanji's, of (...)
     observation: Observation  # (..., N, .), what the next action is chosen on
     metrics: EpisodeMetrics  # (...), of the last step's episode
 
 
-def reset_environments(env: Environment, keys: PRNGKey) -> EnvState:
-    """Begin the first episodes of B environments, with the keys (B, 2)."""
+def reset_environments(env, keys):
+    """The `EnvState` (B, ...) of B environments at their first episodes, with the keys (B, 2)."""
     state, timestep = jax.vmap(env.reset)(keys)
     zeros = functools.partial(jnp.zeros, len(keys))
     metrics = EpisodeMetrics(zeros(jnp.float32), zeros(jnp.int32), zeros(bool))
     return EnvState(state, timestep.observation, metrics)
 
 
-def step_environment(
-    env: Environment, env_state: EnvState, action: Array
-) -> tuple[EnvState, TimeStep]:
+def step_environment(env, env_state: EnvState, action):
     """Step an environment with the joint action (N,), and begin a new episode where one ended.
 
-    The timestep is what the step led to, also where it ended: only the state is of the new episode.
+    Returns the new `EnvState` and the timestep.  The timestep is what the step led to, also where
+    it ended: only the state is of the new episode.
     """
     state, timestep = env.step(env_state.state, action)
     done, last = timestep.last(), env_state.metrics
@@ -485,7 +502,7 @@ class Layers(nn.Module):
     activation: Callable = nn.relu
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array):
         # One matrix product over all rows is 2.6 times as fast as one with several batch axes.
         x = x.reshape(-1, x.shape[-1])
         for size in self.sizes:
@@ -501,7 +518,7 @@ class Actor(nn.Module):
     layer_sizes: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, observation: Observation) -> Array:
+    def __call__(self, observation: Observation):
         mask = observation.action_mask
         x = Layers(self.layer_sizes, name="torso")(observation.agents_view)
         logits = Layers(mask.shape[-1:], 0.01, lambda x: x, name="action_head")(x)
@@ -514,7 +531,7 @@ class Critic(nn.Module):
     layer_sizes: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, observation: Observation) -> Array:
+    def __call__(self, observation: Observation):
         x = Layers(self.layer_sizes, name="torso")(observation.agents_view)
         value = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x)
         return value.reshape(observation.agents_view.shape[:-1])
@@ -523,11 +540,11 @@ class Critic(nn.Module):
 def init_networks(
     network: NetworkConfig,
     observation: Observation,
-    key: PRNGKey,
-    actor_lr: float = 2.5e-4,
-    critic_lr: float = 2.5e-4,
-    max_grad_norm: float = 0.5,
-) -> tuple[TrainState, TrainState]:
+    key,
+    actor_lr=2.5e-4,
+    critic_lr=2.5e-4,
+    max_grad_norm=0.5,
+):
     """The actor and the critic, each with its optimiser: Adam after clipping by the global norm."""
 
     def init(network, learning_rate):
@@ -545,7 +562,7 @@ def init_networks(
 
 
 # ---- ROLLOUT -------------------------------------------------------------------------------------
-def act(actor: TrainState, observation: Observation, keys: PRNGKey, greedy: bool = False) -> Array:
+def act(actor: TrainState, observation: Observation, keys, greedy=False):
     """Actions (B, N) int32 on observations (B, N, .); each of K `keys` (K, 2) samples B / K."""
     logits = actor.apply_fn(actor.params, observation)
     if greedy:  # the most probable actions
@@ -569,9 +586,7 @@ class Transition(NamedTuple):
     value: Array | None = None  # (..., N) float32, of the observation
 
 
-def rollout(
-    env: Environment, actor: TrainState, keys: PRNGKey, env_state: EnvState, rollout_length: int
-) -> tuple[tuple, Transition]:
+def rollout(env, actor: TrainState, keys, env_state: EnvState, rollout_length):
     """Act with the policy for T = `rollout_length` timesteps, as Anakin does (Hessel et al., 2021).
 
     Returns the new keys (UB, 2) and states (UB * NE, ...), and transitions (T, UB * NE, ...).
@@ -602,9 +617,7 @@ def rollout(
 
 
 # ---- ADVANTAGE -----------------------------------------------------------------------------------
-def calculate_advantage(
-    reward: Array, done: Array, value: Array, last_value: Array, gamma: float, gae_lambda: float
-) -> tuple[Array, Array]:
+def calculate_advantage(reward, done, value, last_value, gamma, gae_lambda):
     """Generalised advantage estimate (Schulman et al., 2016) and lambda-returns, (T, ...) float32.
 
     All are (T, ...) float32 but `done`, bool, past which nothing is bootstrapped, and `last_value`,
@@ -624,14 +637,7 @@ def calculate_advantage(
 
 
 # ---- LOSSES --------------------------------------------------------------------------------------
-def actor_loss(
-    params: ArrayTree,
-    apply: Callable,
-    transition: Transition,
-    advantage: Array,
-    clip_eps: float,
-    ent_coef: float,
-) -> tuple[Array, ArrayTree]:
+def actor_loss(params, apply, transition: Transition, advantage, clip_eps, ent_coef):
     """PPO's clipped objective (Schulman et al., 2017), less the entropy bonus.
 
     `transition` and the normalised `advantage` are of (..., N).  Returns the loss, and its two
@@ -645,14 +651,7 @@ def actor_loss(
     return loss - ent_coef * entropy, {"actor_loss": loss, "entropy": entropy}
 
 
-def critic_loss(
-    params: ArrayTree,
-    apply: Callable,
-    transition: Transition,
-    target: Array,
-    clip_eps: float,
-    vf_coef: float,
-) -> tuple[Array, ArrayTree]:
+def critic_loss(params, apply, transition: Transition, target, clip_eps, vf_coef):
     """Squared error of the value, or of the value clipped around the old one where that is larger.
 
     `transition` and the lambda-returns `target` are of (..., N).  Returns the loss, and the same
@@ -685,14 +684,14 @@ class LearnerState(NamedTuple):
     env_state: EnvState  # (UB * NE, ...)
 
     @property
-    def params(self) -> Params:
+    def params(self):
         return Params(self.actor.params, self.critic.params)
 
 
-STATE_SPECS = LearnerState(actor=REPLICATED, critic=REPLICATED, keys=SHARDED, env_state=SHARDED)
+STATE_SPECS = LearnerState(REPLICATED, REPLICATED, SHARDED, SHARDED)
 
 
-def init_learner(key: PRNGKey, config: Config, env: Environment, mesh: Mesh) -> LearnerState:
+def init_learner(key, config: Config, env, mesh):
     """The initial state on the mesh's devices, from the key of the run's seed."""
     system = config.system
     num_batches = mesh.size * system.update_batch_size
@@ -718,9 +717,7 @@ def init_learner(key: PRNGKey, config: Config, env: Environment, mesh: Mesh) -> 
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def update_minibatch(
-    actor: TrainState, critic: TrainState, batch: tuple, indices: Array, config: SystemConfig
-) -> tuple[tuple, ArrayTree]:
+def update_minibatch(actor: TrainState, critic: TrainState, batch, indices, config: SystemConfig):
     """One step of both optimisers, along the gradient's mean over UB and over the devices.
 
     `batch` holds transitions, advantages and lambda-returns of the rollout, (T * UB * NE, N, ...),
@@ -763,9 +760,7 @@ def update_minibatch(
     return (actor, critic), losses
 
 
-def update(
-    state: LearnerState, env: Environment, config: SystemConfig
-) -> tuple[LearnerState, Transition, ArrayTree]:
+def update(state: LearnerState, env, config: SystemConfig):
     """One update of independent PPO, as in Mava, on one device.
 
     Returns also the transitions, (T, UB * NE, ...), and the mean losses, each () float32.
@@ -828,9 +823,7 @@ class LearnerOutput(NamedTuple):
     finite: Array  # (NU,) bool, no loss and no parameter is infinite or not a number
 
 
-def make_learn(
-    env: Environment, config: SystemConfig, num_updates: int, mesh: Mesh, select: Callable
-) -> Callable:
+def make_learn(env, config: SystemConfig, num_updates, mesh, select: Callable):
     """The learner of NU updates on each of the D devices, compiled at its first call.
 
     It makes a `LearnerOutput` of a `LearnerState`.  `select`, such as `select_leaves`, says what is
@@ -862,9 +855,7 @@ def make_learn(
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
-def evaluate(
-    env: Environment, actor: TrainState, key: PRNGKey, num_episodes: int, greedy: bool = False
-) -> EpisodeMetrics:
+def evaluate(env, actor: TrainState, key, num_episodes, greedy=False):
     """Play whole episodes side by side, until the last has ended, as Gorsane et al. (2022) advise.
 
     Returns their returns and lengths, (num_episodes,), done but for those past `env.time_limit`.
@@ -905,7 +896,7 @@ class Evaluation(NamedTuple):
     train_episode_return: float  # mean of the training episodes that ended since, nan if none did
     losses: dict[str, float]  # mean since, of "actor_loss", "value_loss" and "entropy"
 
-    def __str__(self) -> str:
+    def __str__(self):
         losses = "".join(f", {name} {loss:.4g}" for name, loss in self.losses.items())
         return (
             f"step {self.step_count:,}: {self.steps_per_second:,.0f} steps/s, "
@@ -914,7 +905,7 @@ class Evaluation(NamedTuple):
         )
 
 
-def make_evaluate(env: Environment, num_parallel: int, greedy: bool, mesh: Mesh) -> Callable:
+def make_evaluate(env, num_parallel, greedy, mesh):
     """A function that evaluates an actor with a key (2,), `num_parallel` episodes at a time.
 
     It takes the number of episodes, too, and returns the next key, and the metrics on the host.
@@ -951,7 +942,7 @@ def make_evaluate(env: Environment, num_parallel: int, greedy: bool, mesh: Mesh)
 
 
 # ---- RECORDING -----------------------------------------------------------------------------------
-def select_leaves(transition: Transition, extra_leaves: tuple = ()) -> ArrayTree:
+def select_leaves(transition: Transition, extra_leaves=()):
     """What is recorded of a transition, by name.
 
     `extra_leaves` are any of next_observation, log_prob, value, discount, step_count, truncation;
@@ -979,14 +970,14 @@ def select_leaves(transition: Transition, extra_leaves: tuple = ()) -> ArrayTree
     return leaves | {name: extra[name] for name in extra_leaves}
 
 
-def reshape_experience(experience: ArrayTree) -> ArrayTree:
+def reshape_experience(experience):
     """Rows of consecutive timesteps, as a buffer wants them, of what the learner returns."""
     # (D, NU, UB, T, NE, ...) -> (D, NU, UB, NE, T, ...) -> (D * NU * UB * NE, T, ...)
     rows = lambda x: x.swapaxes(3, 4).reshape(-1, x.shape[3], *x.shape[5:])
     return jax.tree.map(rows, experience)
 
 
-def make_buffer(num_rows: int, num_timesteps: int) -> TrajectoryBuffer:
+def make_buffer(num_rows, num_timesteps):
     """Flashbax's flat buffer, of `num_rows` rows of `num_timesteps` timesteps, at least two."""
     return fbx.make_flat_buffer(
         max_length=num_rows * max(2, num_timesteps),
@@ -997,17 +988,13 @@ def make_buffer(num_rows: int, num_timesteps: int) -> TrajectoryBuffer:
     )
 
 
-def make_vault(
-    path: Path,
-    experience: ArrayTree,
-    chunk_length: int,
-    metadata: dict,
-) -> Vault:
-    """Create a vault at `path` for leaves (rows, any, ...), arrays or shapes.
+def make_vault(path: Path, experience, chunk_length, metadata):
+    """Create and return a vault at `path` for leaves (rows, any, ...), arrays or shapes.
 
-    It is compressed by zstd: three times as fast as Flashbax's gzip, and smaller.  A chunk has
-    `chunk_length` timesteps, which should divide what each write brings: otherwise the next write
-    codes the last chunk again.  Raises a FileExistsError where `path` exists.
+    `metadata` is a dictionary, as JSON has it.  The vault is compressed by zstd: three times as
+    fast as Flashbax's gzip, and smaller.  A chunk has `chunk_length` timesteps, which should divide
+    what each write brings: otherwise the next write codes the last chunk again.  Raises a
+    FileExistsError where `path` exists.
     """
     path = Path(path).expanduser().absolute()  # Flashbax would put "vaults" in front of others
     if path.exists():
@@ -1036,7 +1023,7 @@ def make_vault(
         return ZstdVault(str(path.parent), experience, vault_uid=path.name, metadata=metadata)
 
 
-def append_to_vault(vault: Vault, experience: ArrayTree, num_timesteps: int):
+def append_to_vault(vault, experience, num_timesteps):
     """Write the first timesteps of leaves (rows, any, ...) behind `vault.vault_index`."""
     state = TrajectoryBufferState(experience=experience, current_index=0, is_full=False)
     # In a thread: Flashbax starts an event loop, where a notebook's own is running.
@@ -1055,7 +1042,7 @@ class VaultWriter:
         writer.write()
     """
 
-    def __init__(self, vault: Vault, rows: ArrayTree, num_adds: int = 1):
+    def __init__(self, vault, rows, num_adds=1):
         """For rows (D * NU * UB * NE, T, ...), of which `num_adds` are added between two writes."""
         num_rows, rollout_length = jax.tree.leaves(rows)[0].shape[:2]
         self.vault = vault
@@ -1071,7 +1058,7 @@ class VaultWriter:
         self.state = jax.jit(buffer.init, out_shardings=host)(transition)
         self._add = jax.jit(buffer.add, donate_argnums=0)  # in place: there is no second buffer
 
-    def add(self, experience: ArrayTree):
+    def add(self, experience):
         """Add leaves (D, NU, UB, T, NE, ...); a buffer that is full is written first."""
         length = jax.tree.leaves(experience)[0].shape[3]
         if self.num_timesteps + length > self.room:
@@ -1086,27 +1073,14 @@ class VaultWriter:
         self.num_timesteps = 0
 
 
-def open_vault(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Vault, dict]:
-    """A vault that exists, and its metadata; a FileNotFoundError where there is none."""
-    folder = Path(rel_dir).expanduser()
-    text = (folder / name / uid / "metadata.json").read_text()
-    metadata = json.loads(text, object_hook=Entries)
-    return Vault(name, rel_dir=str(folder), vault_uid=uid), metadata
-
-
 # ---- FILES: the folder of a run ------------------------------------------------------------------
-def run_path(name: str, uid: str, rel_dir: str = "vaults") -> Path:
+def run_path(name, uid, rel_dir="vaults"):
     """The folder REL_DIR/NAME/UID, absolute; a `ConfigError` where Flashbax would mistake it."""
     path = Path(os.path.abspath(Path(rel_dir).expanduser()), name, uid)
     is_whole = re.fullmatch("[^./][^/]*/[^./][^/]*", f"{name}/{uid}")
     is_plain = is_whole and not re.search(r"[#%?|\\\t\n]", str(path))
     require(is_plain, f"{str(path)!r} must be made of plain names, without # % ? | \\")
     return path
-
-
-def part_name(uid: str, index: int, count: int):
-    """The folder of a process: UID, or where there are several UID-p0of2 and so on."""
-    return uid if count == 1 else f"{uid}-p{index:0{len(str(count))}}of{count}"
 
 
 def find_names(folder, pattern):
@@ -1120,7 +1094,7 @@ def find_parts(path):
     return sorted(find_names(path.parent, rf"{re.escape(path.name)}-p\d+of\d+")) or [path]
 
 
-def write_file(path: Path, content: bytes):
+def write_file(path, content):
     """Write a file that is whole at any time: a new one takes the place of the old one at once."""
     temporary = path.with_name(f".{path.stem}")
     temporary.write_bytes(content)
@@ -1130,7 +1104,7 @@ def write_file(path: Path, content: bytes):
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path):
     """A folder to make and to fill, which is moved to `path` once it is whole."""
     for parent in path.parents:
         require(parent.exists() or not parent.is_symlink(), f"{parent} is a link to nothing")
@@ -1152,7 +1126,7 @@ class Progress(NamedTuple):
     evaluations: list[Evaluation]
 
 
-def add_evaluation(progress: Progress, state, eval_key, evaluation) -> Progress:
+def add_evaluation(progress, state, eval_key, evaluation):
     """The progress after one more evaluation, of `state`, with the key of the next."""
     evaluations = [*progress.evaluations, evaluation]
     returns = [each.episode_return.mean() for each in evaluations]
@@ -1160,7 +1134,7 @@ def add_evaluation(progress: Progress, state, eval_key, evaluation) -> Progress:
     return Progress(state, eval_key, best_params, evaluations)
 
 
-def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
+def init_progress(config, env, mesh):
     """The beginning of a run."""
     key = jax.random.PRNGKey(config.system.seed)
     state = init_learner(key, config, env, mesh)
@@ -1168,11 +1142,11 @@ def init_progress(config: Config, env: Environment, mesh: Mesh) -> Progress:
     return Progress(state, eval_key, state.params, evaluations=[])
 
 
-def with_params(progress: Progress, path: str | Path, mesh: Mesh) -> Progress:
+def with_params(progress, path, mesh):
     """The beginning of a run with the best parameters of the run at `path`."""
     params = multihost_utils.broadcast_one_to_all(load_params(path))
-    is_fit = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, progress.best_params)
-    require(is_fit, f"checkpoint.load_params {path} has other networks")
+    shapes, expected = (jax.tree.map(jnp.shape, x) for x in (params, progress.best_params))
+    require(shapes == expected, f"checkpoint.load_params {path} has other networks")
     params = multihost_utils.host_local_array_to_global_array(params, mesh, REPLICATED)
     state = progress.state._replace(
         actor=progress.state.actor.replace(params=params.actor),
@@ -1220,7 +1194,7 @@ def raw(x):
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
-def save_checkpoint(path: Path, metadata: dict, progress: Progress, mesh: Mesh):
+def save_checkpoint(path, metadata, progress, mesh):
     """Save this process's part of `progress` in the folder `path`; the two before are kept."""
     content = {
         "settings": settings_without(metadata, FREE_SETTINGS),
@@ -1250,22 +1224,20 @@ def read_checkpoint(file):
         ) from error
 
 
-def load_checkpoint(file: Path, metadata: dict, like: Progress, mesh: Mesh) -> Progress:
+def load_checkpoint(file, metadata, like, mesh):
     """The progress that was saved, placed as `like`; a `ConfigError` names what does not fit."""
     saved = read_checkpoint(file)
     settings = settings_without(metadata, FREE_SETTINGS)
     for name in settings | saved["settings"]:
         new, old = settings.get(name), saved["settings"].get(name)
         require(new == old, f"{name} is {new}, but {old} in the run that is to go on")
-    require(
-        len(saved["evaluations"]) <= metadata["arch"]["num_evaluation"],
-        f"arch.num_evaluation is {metadata['arch']['num_evaluation']}, but "
-        f"{len(saved['evaluations'])} are done already",
-    )
+    given, num_done = metadata["arch"]["num_evaluation"], len(saved["evaluations"])
+    require(num_done <= given, f"arch.num_evaluation is {given}, but {num_done} are done already")
 
     def wrap(new, old):  # keys that were typed
-        is_typed = raw(old) is not old
-        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_typed else new
+        if raw(old) is old:
+            return new
+        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
 
     place = multihost_utils.host_local_array_to_global_array
     state = jax.tree.structure(like.state).unflatten(saved["state"])
@@ -1277,7 +1249,7 @@ def load_checkpoint(file: Path, metadata: dict, like: Progress, mesh: Mesh) -> P
     )
 
 
-def load_params(path: str | Path) -> Params:
+def load_params(path):
     """The best parameters of a run, vaults/NAME/UID; a FileNotFoundError where there are none."""
     folder = find_parts(Path(path))[0]
     files = find_checkpoints(folder)
@@ -1287,9 +1259,7 @@ def load_params(path: str | Path) -> Params:
 
 
 # ---- OFFLINE: episodes from a vault, OG-MARL's layout --------------------------------------------
-def restore_time_order(
-    experience: ArrayTree, num_devices: int, num_updates_per_eval: int, rollout_length: int
-) -> ArrayTree:
+def restore_time_order(experience, num_devices, num_updates_per_eval, rollout_length):
     """Each environment's own stream of timesteps, unbroken, from the rows of a vault.
 
     With NU > 1 a row of the vault holds every NU-th rollout of an environment, end to end: time
@@ -1309,25 +1279,26 @@ def restore_time_order(
     return jax.tree.map(restore, experience)
 
 
-def open_recording(name: str, uid: str, rel_dir: str = "vaults") -> tuple[Entries, int, dict]:
-    """Leaves (D * NU * UB * NE, any, ...) on disk, the timesteps that they hold, and the metadata.
+def open_recording(name, uid, rel_dir="vaults"):
+    """Leaves (D * NU * UB * NE, any, ...) on disk, the timesteps they hold, metadata and folder.
 
     The parts of several processes are read as one; there is a `ConfigError` where one is missing,
     and a FileNotFoundError where there is no vault.
     """
     parts = find_parts(Path(rel_dir, name, uid))
-    vaults, metadata = zip(*(open_vault(name, part.name, rel_dir) for part in parts), strict=True)
-    num_processes = metadata[0].get("num_processes", len(parts))
+    metadata = json.loads((parts[0] / "metadata.json").read_text(), object_hook=Entries)
+    num_processes = metadata.get("num_processes", len(parts))
     require(
         len(parts) == num_processes,
         f"{name} has {', '.join(part.name for part in parts)}, of a run of {num_processes} "
         "processes: bring together all its parts, and nothing else of their names",
     )
+    vaults = [Vault(str(part.parent), vault_uid=part.name) for part in parts]
     join = lambda *stores: tensorstore.concat(stores, axis=0)
     leaves = jax.tree.map(join, *(vault._all_datastores for vault in vaults))
     num_timesteps = min(vault.vault_index for vault in vaults)
-    metadata[0]["num_devices"] *= num_processes
-    return Entries(leaves), num_timesteps, metadata[0]
+    metadata["num_devices"] *= num_processes
+    return Entries(leaves), num_timesteps, metadata, parts[0]
 
 
 class Episodes(NamedTuple):
@@ -1338,20 +1309,26 @@ class Episodes(NamedTuple):
     """
 
     transitions: dict[str, np.ndarray]  # leaves of the vault, (S, ...)
-    start: np.ndarray  # (K,) int64, index of the first transition
     length: np.ndarray  # (K,) int64, timesteps
     episode_return: np.ndarray  # (K,) float32, the agents' mean reward, summed
     start_step: np.ndarray  # (K,) int64, environment steps of training before the episode's first
 
+    @property
+    def start(self):
+        """The index of each episode's first transition, (K,) int64."""
+        return np.cumsum(self.length) - self.length
+
+    def select(self, mask):
+        """The episodes, whole and in their order, for which `mask`, (K,) bool, is true."""
+        require(np.asarray(mask).dtype == bool, "a mask over episodes must be of bool")
+        in_episode = np.repeat(mask, self.length)
+        transitions = {name: leaf[in_episode] for name, leaf in self.transitions.items()}
+        return Episodes(transitions, *(values[mask] for values in self[1:]))
+
 
 def iterate_episodes(
-    name: str,
-    uid: str,
-    rel_dir: str = "vaults",
-    percentiles=(0, 100),
-    leaves=None,
-    num_steps: int = 50_000,
-) -> Iterator[Episodes]:
+    name, uid, rel_dir="vaults", percentiles=(0, 100), leaves=(), num_steps=50_000
+):
     """Every complete episode of a vault, exactly once, a window of the vault at a time.
 
     A window has `num_steps` environment steps, in whole evaluations, at least one; the episodes
@@ -1359,8 +1336,7 @@ def iterate_episodes(
     whole evaluations, both ends rounded down, and these `leaves`, by default all.  Raises what
     `open_recording` does, and a `ConfigError` where the percentiles hold nothing.
     """
-    stores, num_timesteps, metadata = open_recording(name, uid, rel_dir)
-    leaves = stores if leaves is None else leaves
+    stores, num_timesteps, metadata, _ = open_recording(name, uid, rel_dir)
     rollout_length = metadata["system"]["rollout_length"]  # T
     num_updates = metadata["num_updates_per_eval"]  # NU
     num_envs = stores["done"].shape[0] // num_updates  # D * UB * NE
@@ -1371,86 +1347,97 @@ def iterate_episodes(
     )
 
     num_evaluations = num_timesteps // rollout_length  # E
-    first, last = (int(num_evaluations * percentile / 100) for percentile in percentiles)
+    whole = (num_evaluations * np.array(percentiles) // 100).astype(int)  # evaluations
+    first, last = evaluation_length * whole  # timesteps
     require(
-        0 <= percentiles[0] <= percentiles[1] <= 100 and first < last,
+        0 <= first < last <= num_evaluations * evaluation_length,
         f"percentiles {percentiles} of {num_evaluations} evaluations hold none",
     )
 
-    def read(store, start, stop):  # evaluations of a leaf, as (D * UB * NE * time, ...)
+    def read(store, start, stop):  # whole evaluations of a leaf, as (D * UB * NE * time, ...)
         # `Vault.read` would read all of all leaves, onto the accelerator.
-        rows = store[:, start * rollout_length : stop * rollout_length].read().result()
+        rows = store[:, start // num_updates : stop // num_updates].read().result()
         rows = restore_time_order(rows, metadata["num_devices"], num_updates, rollout_length)
         return rows.reshape(-1, *rows.shape[2:])
 
     # FIND all episodes, one environment after the other: `done` of one agent is small
     done = stores["done"]
     ends = np.flatnonzero(read(done if done.ndim == 2 else done[..., 0], 0, last))
-    row, end = divmod(ends, last * evaluation_length)
-    begin = np.where(np.diff(row, prepend=-1) > 0, 0, np.roll(end, 1) + 1)
-    is_asked_for = begin >= first * evaluation_length
-    evaluation = end // evaluation_length
+    row, end = divmod(ends, last)
+    lengths = np.minimum(np.diff(ends, prepend=-1), end + 1)  # one may be the first of its row
+    begin = end + 1 - lengths
 
     # READ those that end in a window
-    window = max(1, num_steps // (num_envs * evaluation_length))  # evaluations
+    window = evaluation_length * max(1, num_steps // (num_envs * evaluation_length))
     for start in range(first, last, window):
         stop = min(start + window, last)
-        is_here = is_asked_for & (start <= evaluation) & (evaluation < stop)
-        length = (end + 1 - begin)[is_here]
+        is_here = (first <= begin) & (start <= end) & (end < stop)
+        length = lengths[is_here]
         episode_start = np.cumsum(length) - length
 
-        # Where their transitions are in what is read, from the evaluation `oldest` on.
-        oldest = begin[is_here].min(initial=start * evaluation_length) // evaluation_length
-        row_start = (row * (stop - oldest) - oldest) * evaluation_length
-        shift = (row_start + begin)[is_here] - episode_start
+        # Where their transitions are in what is read, from the timestep `oldest` on.
+        oldest = begin[is_here].min(initial=start) // evaluation_length * evaluation_length
+        shift = (row * (stop - oldest) - oldest + begin)[is_here] - episode_start
         index = np.arange(length.sum()) + np.repeat(shift, length)
-        transitions = {x: read(stores[x], oldest, stop)[index] for x in {"reward", *leaves}}
-        reward = np.atleast_2d(transitions["reward"].T).mean(axis=0, dtype=float)
+        pick = lambda leaf: read(stores[leaf], oldest, stop)[index]
+        reward = np.atleast_2d(pick("reward").T).mean(axis=0, dtype=float)
         yield Episodes(
-            transitions={leaf: transitions.pop(leaf) for leaf in leaves},
-            start=episode_start,
+            transitions={leaf: pick(leaf) for leaf in leaves or stores},
             length=length,
             episode_return=np.add.reduceat(reward, episode_start).astype(np.float32),
             start_step=begin[is_here] * num_envs,
         )
 
 
-def load_episodes(
-    name: str, uid: str, rel_dir: str = "vaults", percentiles=(0, 100), leaves=None
-) -> Episodes:
+def load_episodes(name, uid, rel_dir="vaults", percentiles=(0, 100), leaves=()):
     """What `iterate_episodes` gives, in one; to join it takes twice the memory of the result."""
     windows = iterate_episodes(name, uid, rel_dir, percentiles, leaves)
-    episodes = jax.tree.map(lambda *x: np.concatenate(x), *windows)
-    return episodes._replace(start=np.cumsum(episodes.length) - episodes.length)
+    return jax.tree.map(lambda *x: np.concatenate(x), *windows)
 
 
 # OG-MARL's names of the parts of a recording, and the percentiles of training that are in them.
 OG_MARL_PARTS = {"Replay": (0, 100), "Poor": (0, 33), "Medium": (33, 67), "Good": (67, 100)}
 
 
-def to_og_marl(episodes: Episodes, metadata: dict) -> ArrayTree:
+def find_cut_offs(episodes: Episodes, metadata):
+    """Which episodes were cut off by the time limit, (K,) bool; the others ended in a terminal."""
+    if "truncation" in episodes.transitions:
+        truncation = np.atleast_2d(episodes.transitions["truncation"].T).any(axis=0)
+        return truncation[np.cumsum(episodes.length) - 1]
+    # RobotWarehouse's vault, as the original's, has no leaf that tells: an episode as long as the
+    # time limit was cut off, even if its very last step also brought a collision.
+    return episodes.length == metadata["env"]["time_limit"]
+
+
+def to_og_marl(episodes: Episodes, metadata, ends_as_terminals=False):
     """The transitions of complete episodes, with all their leaves, as OG-MARL has them.
 
-    Returns leaves (1, S, N, ...); in `infos`, the legal actions (1, S, N, A) bool, and the global
-    state, or else the agents' observations side by side, (1, S, N * O).  Observations come without
-    the one-hot of the agent's index: OG-MARL's systems put their own in front.
+    Returns leaves (1, S, N, ...); in `infos`, the legal actions (1, S, N, A) bool, the global
+    state, or else the agents' observations side by side, (1, S, N * O), and all extra leaves.
+    Observations come without the one-hot of the agent's index: OG-MARL's systems put their own in
+    front.  `ends_as_terminals` is that of `export_og_marl`.
     """
     transitions = Entries(episodes.transitions)
     require(
         transitions["done"].ndim == transitions["action"].ndim == 2,
         "OG-MARL's layout needs an axis of agents in done and action",
     )
-    observation = transitions["observation"]
     if metadata["system"]["add_agent_id"]:
-        observation = observation[..., metadata["num_agents"] :]
+        for name in transitions.keys() & {"observation", "next_observation"}:
+            transitions[name] = transitions[name][..., metadata["num_agents"] :]
+    observation = transitions["observation"]
     side_by_side = observation.reshape(len(observation), math.prod(observation.shape[1:]))
-    if "truncation" in transitions:
-        is_cut_off = transitions["truncation"]
-    else:
-        # RobotWarehouse's vault, as the original's, has no leaf that tells: an episode as long as
-        # the time limit was cut off, even if its very last step also brought a collision.
-        is_cut_off = episodes.length == metadata["env"]["time_limit"]  # (K,)
-        is_cut_off = np.repeat(is_cut_off, episodes.length)[:, None]  # (S, 1)
+    is_cut_off = find_cut_offs(episodes, metadata) & (not ends_as_terminals)  # (K,)
+    is_cut_off = np.repeat(is_cut_off, episodes.length)[:, None]  # (S, 1)
+    known = {
+        "done",
+        "action",
+        "reward",
+        "observation",
+        "legal_action_mask",
+        "global_state",
+        "truncation",
+    }
     experience = {
         "observations": observation,
         "actions": transitions["action"],
@@ -1460,37 +1447,48 @@ def to_og_marl(episodes: Episodes, metadata: dict) -> ArrayTree:
         "infos": {
             "legals": transitions["legal_action_mask"],
             "state": transitions.get("global_state", side_by_side),
+            **{name: transitions[name] for name in transitions.keys() - known},
         },
     }
     return jax.tree.map(lambda x: x[None], experience)
 
 
 def export_og_marl(
-    name: str,
-    uid: str,
-    rel_dir: str = "vaults",
-    part: str = "Replay",
-    export_name: str | None = None,
-    destination: str | Path | None = None,
-) -> Path:
+    name,
+    uid,
+    rel_dir="vaults",
+    part="Replay",
+    export_name=None,
+    destination=None,
+    choose=None,
+    ends_as_terminals=False,
+):
     """Write a part of a vault as a vault that OG-MARL reads, episodes end to end in one row.
 
-    `part` is one of `OG_MARL_PARTS`, of which "Replay" is everything.  Returns the folder of the
-    export, DESTINATION/ENV/SCENARIO.vlt/NAME: the destination is by default og_marl in the folder
-    of the run, the name that of the part.  Where it exists already, there is a `ConfigError`.
+    `part` is one of `OG_MARL_PARTS`, of which "Replay" is everything.  `choose` gets the `Episodes`
+    of a window, and gives a mask (K,) bool of those that are written.  `ends_as_terminals` is for
+    learners that read no `truncations`, and would join an episode that was cut off to the next one.
+    It costs what follows a cut-off: nothing is bootstrapped there, as if a terminal state was
+    reached, as in the training of this file.
+
+    Returns the folder of the export, DESTINATION/ENV/SCENARIO.vlt/NAME: the destination is by
+    default og_marl in the folder of the run, the name that of the part.  There is a `ConfigError`
+    where it exists already, and where what was chosen has no `export_name`.
     """
-    *_, metadata = open_recording(name, uid, rel_dir)
-    destination = destination or find_parts(Path(rel_dir, name, uid))[0] / "og_marl"
+    require(export_name or choose is None, "give what is chosen a name, by export_name")
+    *_, metadata, folder = open_recording(name, uid, rel_dir)
     path = run_path(
         f"{metadata['env']['scenario']}.vlt",
         export_name or part,
-        Path(destination, metadata["task"]["og_marl_name"]),
+        Path(destination or folder / "og_marl", metadata["task"]["og_marl_name"]),
     )
     percentiles = Entries(OG_MARL_PARTS)[part]
     vault = None
     with whole_folder(path) as folder:
         for episodes in iterate_episodes(name, uid, rel_dir, percentiles):
-            experience = to_og_marl(episodes, metadata)
+            if choose is not None:
+                episodes = episodes.select(choose(episodes))
+            experience = to_og_marl(episodes, metadata, ends_as_terminals)
             if vault is None:  # in chunks of 10,000 timesteps: about 5 MB of observations
                 metadata = json.loads(json.dumps(metadata))  # plain dictionaries, as JAX knows them
                 vault = make_vault(folder, experience, 10_000, {"recording": metadata})
@@ -1500,12 +1498,7 @@ def export_og_marl(
 
 
 # ---- RESULTS: metrics and pictures ---------------------------------------------------------------
-def write_metrics(
-    path: Path,
-    metadata: dict,
-    evaluations: list[Evaluation],
-    absolute_metric: float | None = None,
-):
+def write_metrics(path, metadata, evaluations, absolute_metric=None):
     """Write all evaluations so far to `metrics.json` in `path`, in the format of marl-eval."""
     run = {}
     for index, evaluation in enumerate(evaluations):
@@ -1525,71 +1518,195 @@ def write_metrics(
     write_file(path / "metrics.json", json.dumps(metrics).encode())
 
 
-def plot_learning_curve(evaluations: list[Evaluation]) -> Figure:
+def plot_learning_curve(evaluations: list[Evaluation]):
     """Return, losses and entropy against environment steps."""
     steps = [evaluation.step_count for evaluation in evaluations]
     returns = np.stack([evaluation.episode_return for evaluation in evaluations])
     training = [evaluation.train_episode_return for evaluation in evaluations]
-    losses = list(evaluations[0].losses)  # none where nothing was learned
-    above = [["return"] * max(1, len(losses))] * 2  # twice as high
-    figure = Figure(figsize=(8.5, 5.5), dpi=150, layout="constrained")
-    panels = figure.subplot_mosaic([*above, losses] if losses else above)
-    axes = panels.pop("return")
+    figure = Figure(figsize=(8.5, 7.5), dpi=150, layout="constrained")
+    names = ["episode return", *evaluations[0].losses]  # no loss where nothing was learned
+    panels = figure.subplot_mosaic([[name] for name in names], sharex=True)
+    for name, axes in panels.items():
+        axes.set_ylabel(name)
+    axes.set_xlabel("Environment steps")
+    for name in names[1:]:
+        panels[name].plot(steps, [evaluation.losses[name] for evaluation in evaluations], ",-")
+    axes = panels["episode return"]
     low, high = np.percentile(returns, [10, 90], axis=1)
     axes.fill_between(
         steps, low, high, label="evaluation: 10th to 90th percentile", color="#0072B2", alpha=0.2
     )
     axes.plot(steps, training, ",-", label="training: mean", color="#E69F00")
     axes.plot(steps, returns.mean(axis=1), ",-", label="evaluation: mean", color="#0072B2")
-    axes.set(ylabel="Episode return", xlabel="Environment steps")
     axes.legend()
-    for name, axes in panels.items():
-        values = [evaluation.losses[name] for evaluation in evaluations]
-        axes.plot(steps, values, ",-")
-        axes.set(title=name, xlabel="Environment steps")
     return figure
 
 
-def plot_dataset(name: str, uid: str, rel_dir: str = "vaults") -> Figure:
-    """What is in a vault: returns, lengths and actions, in each third of the training."""
-    stores, num_timesteps, metadata = open_recording(name, uid, rel_dir)
+def describe(name, uid, rel_dir="vaults"):
+    """What is in the complete episodes of a vault, in each third of training and in all.
+
+    Returns a dictionary of dictionaries, of plain values as JSON has them: None where there is no
+    episode, shares from 0 to 1, lengths in timesteps.  An episode counts in the third in which it
+    began.  `joint_saco` is OG-MARL's: the number of different pairs of joint observation and joint
+    action, per transition.  Pairs are told apart by hashes of 64 bits, which are held, 8 bytes a
+    step.  Raises what `iterate_episodes` does.
+    """
+    stores, num_timesteps, metadata, _ = open_recording(name, uid, rel_dir)
     num_steps = num_timesteps * stores["done"].shape[0]
-    num_actions = metadata["num_actions"]
+    num_chosen = np.zeros((3, metadata["num_actions"]))  # of each action, in each third
     parts = []
-    actions = np.zeros((3, num_actions))  # how often each was chosen, in each third
-    for episodes in iterate_episodes(name, uid, rel_dir, leaves=("action",)):
-        third = 3 * episodes.start_step // num_steps  # in which an episode began
-        parts.append((episodes.episode_return, episodes.length, third))
-        action = np.atleast_2d(episodes.transitions["action"].T)  # (N, S), or of one agent
-        np.add.at(actions, (np.repeat(third, episodes.length), action), 1)
-    episode_return, length, third = map(np.concatenate, zip(*parts, strict=True))
-    in_thirds = lambda values: [values[third == part] for part in range(3)]
-    one_each = in_thirds(np.ones(len(third)))
+    hashes = np.zeros(num_steps, np.int64)  # of the pairs of complete episodes
+    num_pairs = 0
+    for episodes in iterate_episodes(name, uid, rel_dir, num_steps=100_000):
+        transitions = Entries(episodes.transitions)
+        third = 3 * episodes.start_step // num_steps
+        cut_off = find_cut_offs(episodes, metadata)
+        parts.append([third, episodes.length, cut_off, episodes.episode_return])
+        action = transitions["action"]
+        in_third = np.repeat(third, episodes.length)
+        np.add.at(num_chosen, (in_third, np.atleast_2d(action.T)), 1)  # (N, S), or of one agent
+        for seen, chosen in zip(transitions["observation"], action, strict=True):
+            hashes[num_pairs] = hash((seen.tobytes(), chosen.tobytes()))
+            num_pairs += 1
+    values = np.concatenate(parts, axis=1, dtype=float)
 
-    figure = Figure(figsize=(8.5, 3.8), dpi=150, layout="constrained")
+    description = {}
+    for index, part in enumerate(("first third", "second third", "last third", "all")):
+        in_part = [0, 1, 2] if part == "all" else [index]
+        here = values[:, np.isin(values[0], in_part)]
+        _, length, cut_off, episode_return = here if here.size else np.full((4, 1), math.nan)
+        chosen = num_chosen[in_part].sum(axis=0)
+        description[part] = {
+            "episodes": here.shape[1],
+            "transitions": int(here[1].sum()),
+            "return_mean": episode_return.mean(),
+            "return_std": episode_return.std(),
+            "return_min": episode_return.min(),
+            "return_quartiles": np.percentile(episode_return, [25, 50, 75]),
+            "return_max": episode_return.max(),
+            "length_mean": length.mean(),
+            "cut_off": cut_off.mean(),
+            "actions": chosen / max(1, chosen.sum()),
+        }
+    hashes[:num_pairs].sort()  # in place: there are as many as transitions
+    ordered = memoryview(hashes[:num_pairs])
+    num_repeated = sum(map(operator.eq, ordered, ordered[1:]))
+    description["all"]["joint_saco"] = 1 - num_repeated / max(1, num_pairs)
+    text = json.dumps(description, default=list)
+    return json.loads(text, parse_constant=lambda _: None)  # of nan
+
+
+def plot_dataset(description, actions=None):
+    """The returns, lengths and actions that `describe` gives, a colour for each part of training.
+
+    The marks of a return are its minimum, quartiles and maximum; `actions` are names of actions.
+    """
+    figure = Figure(figsize=(8.5, 3), dpi=150, layout="constrained")
     axes = figure.subplots(1, 3)
-    every_action = np.arange(num_actions)
-    edges = np.arange(num_actions + 1) - 0.5
-    for panel, xlabel, values, counts, bins in (
-        (axes[0], "Episode return", in_thirds(episode_return), one_each, 12),
-        (axes[1], "Episode length (timesteps)", in_thirds(length), one_each, 12),
-        (axes[2], "Action of an agent", [every_action] * 3, actions, edges),
-    ):
-        panel.hist(
-            values,
-            bins,
-            weights=[100 * count / max(1, count.sum()) for count in counts],
-            color=["#A6CEE3", "#4292C6", "#08306B"],  # their lightness tells them apart
-            label=[f"{part} third" for part in ("first", "second", "last")],
-        )
-        panel.set(xlabel=xlabel, ylabel="Share (%)")
-    axes[2].set_xticks(every_action, metadata["task"]["actions"] or every_action, rotation=30)
-    axes[0].legend(fontsize="small")
+    for part, values in description.items():
+        five = [values["return_min"], *values["return_quartiles"], values["return_max"]]
+        axes[0].plot(five, [part] * 5, "|-", markersize=20)
+        axes[1].barh(part, values["length_mean"] or 0)
+        shares = values["actions"]
+        axes[2].plot(shares, actions or range(len(shares)), "o")
+    axes[0].set_xlabel("Episode return, quartiles")
+    axes[1].set_xlabel("Mean length (timesteps)")
+    axes[2].set_xlabel("Share of each action")
     return figure
+
+
+# The data card, as Hugging Face's hub reads it; a line that ends with a backslash goes on.
+CARD = """---
+license: apache-2.0
+pretty_name: Independent PPO in {env[scenario]}
+task_categories: [reinforcement-learning]
+tags: [multi-agent-reinforcement-learning, offline-reinforcement-learning, flashbax]
+viewer: false
+---
+# Independent PPO in {env[scenario]}
+Every transition of a training run in {task[marl_eval_name]}, scenario `{env[scenario]}`: \
+{num_agents} agents with {num_actions} actions, episodes of at most {env[time_limit]} timesteps, \
+{all[transitions]:,} transitions in {all[episodes]:,} complete episodes. The folder is a \
+[Flashbax](https://github.com/instadeepai/flashbax) Vault.
+
+![Return over training](learning_curve.png)
+![What the data set holds](dataset.png)
+
+| | first third | second third | last third | all |
+| --- | --- | --- | --- | --- |
+{table}
+
+An episode counts in the third of training in which it began. Its return is the sum over time of \
+the agents' mean reward. `cut_off` is the share of the episodes that the time limit cut off, and \
+`actions` is the share of each action. `joint_saco` is the number of different pairs of joint \
+observation and joint action, per transition.
+
+| leaf | axes, without ({num_rows}, timesteps) | dtype |
+| --- | --- | --- |
+{leaves}
+
+An action was chosen on the `observation` of its own timestep. `done` is true where a step ended \
+the episode: it reached a terminal state, after which nothing follows, or the time limit cut it \
+off. A leaf `truncation` is true at a cut-off. Where there is no such leaf, the episodes of \
+{env[time_limit]} timesteps were cut off.
+
+Rows join pieces of time that do not follow each other. This puts them in order:
+```python
+import ff_ippo_store_experience as ippo  # with this folder in vaults/{name}
+episodes = ippo.load_episodes("{name}", "{uid}")
+print(episodes.episode_return.mean(), episodes.transitions["observation"].shape)
+```
+It was recorded by independent PPO, after Mava's Anakin system, with the seed {system[seed]}, and \
+with jax {versions[jax]}, jaxlib {versions[jaxlib]}, flashbax {versions[flashbax]}, \
+flax {versions[flax]}, optax {versions[optax]}, distrax {versions[distrax]}, \
+jumanji {versions[jumanji]} and chex {versions[chex]}. Run whose parameters it began with: \
+{first_run}. The command, with all settings:
+
+`{command}`
+
+Licence: Apache-2.0.
+"""
+
+
+def write_card(name, uid, rel_dir="vaults"):
+    """Write the data card, `README.md`, and the picture `dataset.png` into the folder of a run.
+
+    Raises what `iterate_episodes` does.
+    """
+    stores, _, metadata, path = open_recording(name, uid, rel_dir)
+    description = describe(name, uid, rel_dir)
+    plot_dataset(description, metadata["task"]["actions"]).savefig(path / "dataset.png")
+    # THE TABLES, with four digits behind the point
+    rounded = json.loads(json.dumps(description), parse_float=lambda x: round(float(x), 4))
+    table = [
+        f"| `{key}` | {' | '.join(str(part.get(key, '')) for part in rounded.values())} |"
+        for key in rounded["all"]
+    ]
+    leaves = [f"| `{leaf}` | {x.shape[2:]} | {x.dtype.name} |" for leaf, x in stores.items()]
+    # THE COMMAND, with all settings but those of a machine
+    settings = {group: metadata[group] for group in vars(Config())}
+    command = ["python", "ff_ippo_store_experience.py"]
+    for setting, value in settings_without(settings, (*OWN_SETTINGS, "checkpoint.")).items():
+        flag = setting.replace(".", ".no-") if value is False else setting
+        command.append(f"--{flag.replace('_', '-')}")
+        if not isinstance(value, bool):
+            command += map(str, np.atleast_1d(value))
+    card = CARD.format(
+        **metadata,
+        all=description["all"],
+        name=name,
+        uid=uid,
+        table="\n".join(table),
+        leaves="\n".join(leaves),
+        command=shlex.join(command),
+        num_rows=stores["done"].shape[0],
+        first_run=Path(str(metadata["checkpoint"]["load_params"])).name,
+    )
+    write_file(path / "README.md", card.encode())
 
 
 # ---- CHECKS: every mistake is told in one line, before anything is recorded ----------------------
-def check_environment(env: Environment):
+def check_environment(env):
     """Raise a `ConfigError` if your own environment is wrong."""
     name = type(env).__name__
     limit = getattr(env, "time_limit", None)
@@ -1607,9 +1724,8 @@ def check_interface(env, name):
 
     def trace(method, *arguments):
         returned = jax.eval_shape(getattr(env, method), *arguments)
-        is_pair = isinstance(returned, tuple) and len(returned) == 2
         require(
-            is_pair and isinstance(returned[1], TimeStep),
+            isinstance(returned, tuple) and isinstance(returned[-1], TimeStep),
             f"{method} of {name} must return (state, TimeStep)",
         )
         return returned
@@ -1617,21 +1733,17 @@ def check_interface(env, name):
     key = jax.random.PRNGKey(0)
     state, first = trace("reset", key)
     seen = first.observation
-    for owner, value, attribute in (("state", state, "key"), ("observation", seen, "agents_view")):
-        require(
-            hasattr(value, attribute),
-            f"the {owner} of {name}, a {type(value).__name__}, has no attribute {attribute}",
-        )
-    num_agents = np.shape(seen.agents_view)[:1]
-    for part, letters in {"agents_view": "NO", "action_mask": "NA", "global_state": "S"}.items():
-        value = getattr(seen, part, None)
-        shape = np.shape(value)
-        is_fit = len(shape) == len(letters) and ("N" not in letters or shape[:1] == num_agents)
-        require(
-            is_fit or (value is None and part != "agents_view"),
-            f"{part} of {name} has the shape {shape}, not ({', '.join(letters)})",
-        )
-
+    require(
+        hasattr(state, "key"),
+        f"the state of {name}, a {type(state).__name__}, has no attribute key",
+    )
+    require(
+        hasattr(seen, "agents_view"),
+        f"the observation of {name}, a {type(seen).__name__}, has no attribute agents_view",
+    )
+    shape = np.shape(seen.agents_view)
+    require(len(shape) == 2, f"agents_view of {name} has the shape {shape}, not (N, O)")
+    num_agents = shape[:1]
     action = jnp.zeros(num_agents, jnp.int32)
     _, second = trace("step", state, action)
     for part in ("step_type", "reward", "discount"):
@@ -1642,6 +1754,11 @@ def check_interface(env, name):
     agents = AgentWrapper(env, add_agent_id=False)
     _, first = jax.eval_shape(agents.reset, key)
     next_state, second = jax.eval_shape(agents.step, state, action)
+    _, mask, global_state = jax.tree.map(jnp.shape, first.observation)
+    is_fit = len(mask) == 2 and mask[:1] == num_agents
+    require(is_fit, f"action_mask of {name} has the shape {mask}, not (N, A)")
+    is_fit = global_state is None or len(global_state) == 1
+    require(is_fit, f"global_state of {name} has the shape {global_state}, not (S)")
     chex.assert_trees_all_equal_shapes_and_dtypes(
         {"state": state, "observation": first.observation},
         {"state": next_state, "observation": second.observation},
@@ -1651,60 +1768,47 @@ def check_interface(env, name):
 
 
 def check_episodes(env, name):
-    """16 copies of the environment act at random for `time_limit` timesteps.
-
-    These are made in pieces of 128, of which the last one is made whole: 2**14 in all at most.
-    """
+    """16 copies of the environment act at random for `time_limit` timesteps, at most 2**14."""
     agents = AgentWrapper(env, add_agent_id=False)
     limit = env.time_limit
-    piece = min(limit, 128)  # timesteps that are held at once
 
-    def play_piece(carry, _):
+    def play_step(carry, _):  # of which a few facts are held
         uniform = lambda params, x: jnp.where(x.action_mask, 0.0, -1e9)
         actor = TrainState.create(apply_fn=uniform, params={}, tx=optax.identity())
-        carry, played = rollout(agents, actor, *carry, piece)
-        metrics, seen = played.metrics, played.observation
-        is_full = metrics.episode_length >= limit
-        is_terminal = (played.discount == 0).all(axis=-1)
-        return carry, {
-            "is_finite": jnp.isfinite(seen.agents_view).all() & jnp.isfinite(played.reward).all(),
-            "has_action": seen.action_mask.any(axis=-1).all(axis=(0, 1)),  # (N,)
-            "is_over": (metrics.done | ~is_full).all(),
-            "is_end": (is_terminal | is_full | ~metrics.done).all(),
-            "num_full": is_full.sum(),
-            "num_terminal": (is_full & is_terminal).sum(),
-        }
+        carry, played = rollout(agents, actor, *carry, 1)
+        seen = played.observation
+        is_finite = jnp.isfinite(seen.agents_view).all() & jnp.isfinite(played.reward).all()
+        has_action = seen.action_mask.any(axis=-1)
+        return carry, (is_finite, has_action, played.discount, played.metrics)
 
     @jax.jit
     def play(key):
         begin = reset_environments(agents, jax.random.split(key, 16))
-        (_, end), facts = jax.lax.scan(
-            play_piece, (key[None], begin), length=min(128, math.ceil(limit / piece))
-        )
+        steps = min(limit, 2**14)
+        (_, end), facts = jax.lax.scan(play_step, (key[None], begin), length=steps)
         return raw(end.state.key), begin.observation.agents_view, facts
 
     keys, views, facts = jax.device_get(play(jax.random.PRNGKey(0)))
     num_keys = len(np.unique(keys, axis=0))
-    require(
-        num_keys == 16,
-        f"16 states of {name} that began with 16 keys have {num_keys} keys",
-    )
+    require(num_keys == 16, f"16 states of {name} that began with 16 keys have {num_keys} keys")
     if (views == views[0]).all():
         log(f"all episodes of {name} begin with the same observation")
-    require(facts["is_finite"].all(), f"agents_view or reward of {name} is not finite")
-    has_action = facts["has_action"].all(axis=0)  # (N,)
+    is_finite, has_action, discount, metrics = facts  # (steps, 1, 16, ...)
+    require(is_finite.all(), f"agents_view or reward of {name} is not finite")
+    has_action = has_action.all(axis=(0, 1, 2))  # (N,)
     require(has_action.all(), f"agent {has_action.argmin()} of {name} has no legal action")
+    is_full = metrics.episode_length >= limit
+    is_terminal = (discount == 0).all(axis=-1)
+    is_over = metrics.done | ~is_full
+    require(is_over.all(), f"an episode of {name} has not ended at its time_limit, {limit}")
+    is_end = is_terminal | is_full | ~metrics.done
     require(
-        facts["is_over"].all(),
-        f"an episode of {name} has not ended at its time_limit, {limit}",
-    )
-    require(
-        facts["is_end"].all(),
+        is_end.all(),
         f"an episode of {name} ended before its time_limit, {limit}, with a discount not 0: at a "
         "terminal state it must be 0",
     )
-    num_full = facts["num_full"].sum()
-    if 0 < num_full == facts["num_terminal"].sum():
+    num_full = is_full.sum()
+    if 0 < num_full == (is_full & is_terminal).sum():
         log(
             f"of {num_full} episodes of {name} that lasted time_limit timesteps, all {num_full} "
             "ended with discount 0, as at a terminal state: where only the time was over, it must "
@@ -1712,7 +1816,7 @@ def check_episodes(env, name):
         )
 
 
-def check_config(config: Config, num_devices: int, env: Environment | None = None) -> Config:
+def check_config(config: Config, num_devices, env=None):
     """The configuration with nothing left open; a `ConfigError` before anything is created."""
     system, arch, vault = config.system, config.arch, config.vault
     require(os.getpid() == IMPORT_PROCESS, "after a fork, JAX hangs: use multiprocessing's spawn")
@@ -1754,17 +1858,17 @@ def check_config(config: Config, num_devices: int, env: Environment | None = Non
     )
 
     # THE TASK
+    scenario = config.env.scenario
     if env is not None:
         check_environment(env)
-    task = find_task(config.env.scenario, env)
-    scenario = config.env.scenario
+    task = find_task(scenario, env)
+    if env is not None and scenario in TASKS:
+        scenario = task.marl_eval_name
     time_limit = config.env.time_limit or task.time_limit
-    if env is not None:
-        require(
-            time_limit == env.time_limit,
-            f"env.time_limit is {time_limit}, but that of {task.marl_eval_name} {env.time_limit}",
-        )
-        scenario = task.marl_eval_name if scenario in TASKS else scenario
+    require(
+        env is None or time_limit == task.time_limit,
+        f"env.time_limit is {time_limit}, but that of {task.marl_eval_name} {task.time_limit}",
+    )
     # An export makes a folder of the scenario's name.
     run_path(task.og_marl_name, f"{scenario}.vlt", vault.rel_dir)
 
@@ -1799,7 +1903,8 @@ def check_folder(vault, resume):
     """The folder of this process; a `ConfigError`, in all processes, where it is taken."""
     path = run_path(vault.name, vault.uid, vault.rel_dir)
     count = jax.process_count()
-    names = [part_name(vault.uid, index, count) for index in range(count)]
+    parts = [f"{vault.uid}-p{index:0{len(str(count))}}of{count}" for index in range(count)]
+    names = [vault.uid] if count == 1 else parts
     found = {part.name for part in find_parts(path) if part.exists()}
     require(found <= set(names), f"{path} is of another number of processes than {count}")
     own = path.with_name(names[jax.process_index()])
@@ -1818,7 +1923,7 @@ def check_folder(vault, resume):
 
 
 # ---- RUN -----------------------------------------------------------------------------------------
-def make_metadata(config: Config, task: Task, env_state: EnvState):
+def make_metadata(config, task, env_state):
     """What `metadata.json` says of environments (B, ...)."""
     num_agents, num_actions = env_state.observation.action_mask.shape[-2:]
     packages = ("jax", "jaxlib", "flashbax", "flax", "optax", "distrax", "jumanji", "chex")
@@ -1835,7 +1940,7 @@ def make_metadata(config: Config, task: Task, env_state: EnvState):
         "jax_enable_x64": jax.config.jax_enable_x64,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "environment": {
-            jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{x.shape[1:]}"
+            jax.tree_util.keystr(path)[1:]: f"{x.dtype}{x.shape[1:]}"
             for path, x in jax.tree_util.tree_leaves_with_path(env_state)
         },
     }
@@ -1855,14 +1960,12 @@ class Recorder:
         own = lambda x: x[: jax.local_device_count()]
         self.rows = jax.eval_shape(lambda x: reshape_experience(jax.tree.map(own, x)), experience)
         self.rollout_length = self.rows["done"].shape[1]
-        evaluation_size = sum(x.size * x.dtype.itemsize for x in self.rows.values())  # bytes
-        # No more than a buffer of 1 GB holds.
-        self.save_interval = max(
-            1, min(metadata["vault"]["save_interval"], 2**30 // evaluation_size)
-        )
+        # No more than a buffer of 2**28 numbers holds: of float32, 1 GB.
+        most = max(1, 2**28 // sum(x.size for x in self.rows.values()))
+        self.save_interval = min(metadata["vault"]["save_interval"], most)
 
     @contextlib.contextmanager
-    def open(self, progress: Progress) -> Iterator[Progress]:
+    def open(self, progress):
         """Begin in a new folder, or go on from the checkpoint in the one that is there."""
         if not self.path.exists():
             load_from = self.metadata["checkpoint"]["load_params"]
@@ -1943,7 +2046,7 @@ def check_update(output: LearnerOutput, first_step, num_steps):
             f"a loss is not finite at step {step:,}: lower system.actor_lr and system.critic_lr"
         )
     legal = output.experience["legal_action_mask"].any(axis=-1)  # (D, NU, UB, T, NE, N)
-    has_action = jax.device_get(legal.all(axis=(0, 1, 2, 3, 4)))
+    has_action = jax.device_get(legal.all(axis=range(5)))
     require(
         has_action.all(),
         f"agent {has_action.argmin()} had no legal action before step {first_step + num_steps:,}: "
@@ -1969,10 +2072,10 @@ def save_results(result, metadata):
     plot_learning_curve(result.evaluations).savefig(path / "learning_curve.png")
     if vault.save:
         try:
-            plot_dataset(vault.name, vault.uid, vault.rel_dir).savefig(path / "dataset.png")
+            write_card(vault.name, vault.uid, vault.rel_dir)
         except ConfigError as error:  # of several processes, each with a disk of its own
-            log(f"dataset.png is not drawn: {error}")
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+            log(f"README.md and dataset.png are not made: {error}")
+    size = sum(file.stat().st_size for file in path.rglob("*")) / 1e6
     log(f"recorded: {result.num_timesteps:,} steps, with all else {size:,.1f} MB, in {path}")
 
 
@@ -1980,7 +2083,7 @@ def save_results(result, metadata):
 @jax.enable_custom_prng(False)  # the keys of a run are arrays, as checkpoints hold them
 def run_experiment(
     config: Config = Config(), env: Environment | None = None, stop: threading.Event | None = None
-) -> ExperimentResult:
+):
     """Train, evaluate and record; `env` is your own environment, and `stop` ends the run early.
 
     Raises a `ConfigError` that says what to change, and a FloatingPointError where it diverges.
@@ -2009,9 +2112,9 @@ def run_experiment(
     # BEGIN in a new folder, or RESUME
     with recorder.open(progress) as progress, ThreadPoolExecutor(1) as disk:
         num_done = len(progress.evaluations)
-        is_shown = "ipykernel" in sys.modules or (sys.stdout and sys.stdout.isatty())
-        is_hidden = jax.process_index() > 0 or not is_shown
-        bar = tqdm(total=num_evaluation, initial=num_done, file=sys.stdout, disable=is_hidden)
+        is_seen = "ipykernel" in sys.modules or (sys.stdout and sys.stdout.isatty())
+        is_shown = is_seen and jax.process_index() == 0
+        bar = tqdm(total=num_evaluation, initial=num_done, file=sys.stdout, disable=not is_shown)
         stopped = False
         storing = disk.submit(recorder.write)  # what the disk is doing; there is nothing new yet
         try:
@@ -2053,8 +2156,8 @@ def run_experiment(
             for future in (storing, disk.submit(recorder.write)):
                 future.result()
             if stopped or isinstance(sys.exception(), KeyboardInterrupt):  # of a notebook
-                done = f"{len(progress.evaluations)} of {num_evaluation} evaluations"
                 flags = f"--checkpoint.resume --vault.uid {vault.uid}"
+                done = f"{len(progress.evaluations)} of {num_evaluation} evaluations"
                 log(f"stopped after {done}: to go on, run the same with {flags}", is_last=True)
 
     # ABSOLUTE METRIC of the best parameters, RESULT

@@ -25,6 +25,7 @@ import multiprocessing
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -362,12 +363,23 @@ def test_exported_vault_has_og_marl_layout(recording, tmp_path):
     }
     if "global_state" in leaves:
         expected["infos"]["state"] = leaves["global_state"]
+    streams = read_streams(result.path)
+    for extra in set(streams) - {*LEAVES, "truncation", "global_state"}:
+        walked = walk_episodes(streams["done"][..., 0])
+        leaf = np.concatenate([streams[extra][i, a : b + 1] for b, i, a in walked])
+        expected["infos"][extra] = leaf[..., num_ids:] if extra == "next_observation" else leaf
     path = ippo.export_og_marl(*where(result.path), destination=tmp_path / "source")
     # As OG-MARL's `populate_from_vault(source, env, scenario, dataset, rel_dir)` builds the path.
     exported = read_vault(f"{tmp_path}/source/{name}.vlt/Replay")
     assert_equal(exported, jax.tree.map(lambda x: x[None], expected))
     dtypes = (jax.tree.map(lambda x: x.dtype.name, leaves) for leaves in (exported, expected))
     assert next(dtypes) == next(dtypes)
+    options = {"export_name": "Ends", "destination": tmp_path / "source", "ends_as_terminals": True}
+    ends = read_vault(ippo.export_og_marl(*where(result.path), **options))
+    expected["terminals"], expected["truncations"] = leaves["done"], 0 * leaves["done"]
+    assert_equal(ends, jax.tree.map(lambda x: x[None], expected))
+    expected["terminals"] = leaves["done"] & ~leaves["truncation"]
+    expected["truncations"] = leaves["truncation"]
     assert expected["terminals"].any() and expected["truncations"].any()
     metadata = json.loads((path / "metadata.json").read_text())["recording"]
     assert metadata["env"]["scenario"] == result.config.env.scenario
@@ -400,10 +412,196 @@ def test_pictures_show_the_run(recording):
     path = recording[0].path
     pictures = [imread(path / name) for name in ("learning_curve.png", "dataset.png")]
     assert all(len(np.unique(x.reshape(-1, 4), axis=0)) > 10 for x in pictures), "blank"
-    figure = ippo.plot_dataset(*where(path))
-    for axes in figure.axes:  # every episode and every action is in a bar
-        shares = [sum(bar.get_height() for bar in bars) for bars in axes.containers]
-        assert shares == [pytest.approx(100)] * 3
+    description = ippo.describe(*where(path))
+    returns, lengths, actions = ippo.plot_dataset(description).axes
+    for number, part in enumerate(description.values()):
+        five = [part["return_min"], *part["return_quartiles"], part["return_max"]]
+        assert returns.lines[number].get_xdata().tolist() == five
+        assert lengths.patches[number].get_width() == part["length_mean"]
+        assert actions.lines[number].get_xdata().tolist() == part["actions"]
+    names = ["noop", "up", "down", "left", "right", "load"]
+    named = ippo.plot_dataset(description, names).axes[2]
+    assert [label.get_text() for label in named.get_yticklabels()] == names
+
+
+def plain_description(streams, time_limit, num_actions):
+    """What `describe` must give of streams (B, time, ...), by plain NumPy."""
+    num_timesteps = streams["done"].shape[1]
+    episodes = []
+    for end, row, begin in walk_episodes(streams["done"][..., 0]):
+        leaves = {name: leaf[row, begin : end + 1] for name, leaf in streams.items()}
+        if "truncation" in leaves:
+            is_cut_off = leaves["truncation"][-1].any()
+        else:
+            is_cut_off = end + 1 - begin == time_limit
+        total = np.float32(leaves["reward"].mean(axis=1, dtype=float).sum())
+        third = math.floor(3 * begin / num_timesteps)
+        episodes.append((third, leaves, is_cut_off, total))
+
+    def summary(chosen):
+        returns = np.array([total for *_, total in chosen], float)
+        lengths = np.array([len(leaves["done"]) for _, leaves, _, _ in chosen])
+        actions = np.concatenate([leaves["action"].ravel() for _, leaves, _, _ in chosen])
+        return {
+            "episodes": len(chosen),
+            "transitions": int(lengths.sum()),
+            "return_mean": returns.mean(),
+            "return_std": returns.std(),
+            "return_min": returns.min(),
+            "return_quartiles": np.quantile(returns, [0.25, 0.5, 0.75]).tolist(),
+            "return_max": returns.max(),
+            "length_mean": lengths.mean(),
+            "cut_off": np.mean([is_cut_off for _, _, is_cut_off, _ in chosen]),
+            "actions": (np.bincount(actions, minlength=num_actions) / len(actions)).tolist(),
+        }
+
+    pairs = [
+        np.hstack([x["observation"].reshape(len(x["action"]), -1), x["action"]])
+        for _, x, _, _ in episodes
+    ]
+    pairs = np.concatenate(pairs)
+    parts = {
+        f"{word} third": summary([x for x in episodes if x[0] == number])
+        for number, word in enumerate(("first", "second", "last"))
+    }
+    saco = {"joint_saco": len(np.unique(pairs, axis=0)) / len(pairs)}
+    return parts | {"all": summary(episodes) | saco}
+
+
+def check_description(described, expected):
+    """Two descriptions have the same keys in the same order, and the same values."""
+    assert json.loads(json.dumps(described, allow_nan=False)) == described
+    assert list(described) == list(expected)
+    for part, values in expected.items():
+        assert list(described[part]) == list(values)
+        for key, value in values.items():
+            assert described[part][key] == pytest.approx(value, rel=1e-12), (part, key)
+
+
+def test_a_data_set_is_described_as_numpy_describes_it(recording):
+    result, replay, _ = recording
+    num_actions = replay["legal_action_mask"].shape[-1]
+    streams = read_streams(result.path)
+    expected = plain_description(streams, result.config.env.time_limit, num_actions)
+    check_description(ippo.describe(*where(result.path)), expected)
+
+
+def read_card(path):
+    """The tables of the data card in the folder of a run, cell by cell, and its text."""
+    text = (path / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M)
+    return {name: cells.split(" | ") for name, cells in rows}, text
+
+
+def check_card(path, config):
+    """The card says what the vault holds and how it was recorded, in at most 60 lines."""
+    cells, text = read_card(path)
+    assert len(text.splitlines()) <= 60
+    assert re.match(r"---\n(\w+: .+\n)+viewer: false\n---\n# ", text)
+    round_4 = lambda x: [round(y, 4) for y in x] if isinstance(x, list) else round(x, 4)
+    description = ippo.describe(*where(path))
+    for key in description["first third"]:
+        expected = [part[key] and round_4(part[key]) for part in description.values()]
+        assert [None if x == "None" else json.loads(x) for x in cells.pop(key)] == expected
+    saco = cells.pop("joint_saco")
+    assert saco == ["", "", "", str(round_4(description["all"]["joint_saco"]))]
+    leaves = read_vault(path)
+    assert cells == {x: [str(leaf.shape[2:]), str(leaf.dtype)] for x, leaf in leaves.items()}
+    assert f"({len(leaves['done'])}, timesteps)" in text
+    command = re.search(r"^`python ff_ippo_store_experience.py (.*)`$", text, re.M)[1]
+    recorded = tyro.cli(ippo.Config, args=shlex.split(command))
+    own = dataclasses.replace(config.vault, rel_dir=recorded.vault.rel_dir)
+    own = dataclasses.replace(config, vault=own, checkpoint=recorded.checkpoint)
+    assert recorded == own
+    for folder in (*path.parents[:-1], Path.home(), FOLDER):
+        assert f"{folder}/" not in text
+    for picture in re.findall(r"\((\w+\.png)\)", text):
+        assert (path / picture).exists()
+    return text
+
+
+def test_a_finished_run_has_a_data_card(recording):
+    result, _, _ = recording
+    text = check_card(result.path, result.config)
+    assert "began with: None." in text and f"jax {jax.__version__}," in text
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    with contextlib.chdir(result.path.parents[2]), contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    mean = ippo.load_episodes(*where(result.path)).episode_return.mean()
+    assert out.getvalue().splitlines()[-1].startswith(f"{mean!s} (")
+
+
+def test_the_card_of_a_run_that_goes_on_is_written_again(whole, tmp_path):
+    begin, result = whole
+    assert "began with: source." in check_card(result.path, result.config)
+    path = Path(shutil.copytree(result.path, tmp_path / RUN))
+    grown = experiment(tmp_path, begin.replace(FIVE, evaluations(6)) + RESUME)
+    assert check_card(path, grown.config) != (result.path / "README.md").read_text()
+
+
+def test_a_choice_of_episodes_is_whole_disjoint_and_the_same_each_time(whole):
+    episodes = ippo.load_episodes(*where(whole[1].path))
+    is_better = episodes.episode_return >= np.median(episodes.episode_return)
+    is_chosen = jax.random.bernoulli(jax.random.PRNGKey(0), 0.3, is_better.shape)
+    for mask in (is_better, is_chosen, list(np.asarray(is_chosen)), 0 * is_better > 0):
+        chosen, others = episodes.select(mask), episodes.select(~np.asarray(mask))
+        assert_equal(episodes.select(mask), chosen)
+        for part, numbers in (
+            (chosen, np.flatnonzero(mask)),
+            (others, np.flatnonzero(~np.asarray(mask))),
+        ):
+            assert part.length.tolist() == episodes.length[numbers].tolist()
+            assert part.episode_return.tolist() == episodes.episode_return[numbers].tolist()
+            assert part.start_step.tolist() == episodes.start_step[numbers].tolist()
+            for name, leaf in episodes.transitions.items():
+                rows = [
+                    leaf[a : a + n] for a, n in zip(episodes.start, episodes.length, strict=True)
+                ]
+                whole_rows = np.concatenate([leaf[:0], *(rows[number] for number in numbers)])
+                np.testing.assert_array_equal(part.transitions[name], whole_rows)
+                ends = part.start + part.length - 1
+            assert part.transitions["done"][ends].all() and part.transitions["done"][
+                :, 0
+            ].sum() == len(ends)
+    assert 0 < is_chosen.sum() < len(is_chosen)
+    for mask in (np.argsort(episodes.length), np.ones(len(is_better), int)):
+        with pytest.raises(ippo.ConfigError, match="must be of bool"):
+            episodes.select(mask)
+    with pytest.raises(ValueError, match="broadcast"):
+        episodes.select(is_better[1:])
+
+
+@pytest.mark.parametrize("num_steps", [1, 10**6])
+def test_a_choice_of_episodes_is_exported_window_by_window(whole, tmp_path, num_steps):
+    run, folder = where(whole[1].path), {"destination": tmp_path}
+    iterate = functools.partial(ippo.iterate_episodes, num_steps=num_steps)
+    with mock.patch.object(ippo, "iterate_episodes", iterate):
+        episodes = ippo.load_episodes(*run)
+        is_late = lambda episodes: (
+            episodes.start_step >= EVALUATION_STEPS
+        )  # none of the first window
+        is_good = lambda episodes: episodes.episode_return >= 6
+        no_one = lambda episodes: episodes.length < 0
+        for name, choose in {"Late": is_late, "Best": is_good, "None": no_one}.items():
+            path = ippo.export_og_marl(*run, export_name=name, choose=choose, **folder)
+            expected = episodes.select(choose(episodes))
+            vault = open_with_flashbax(path)
+            assert vault.vault_index == expected.length.sum()
+            if name != "None":
+                leaves = read_vault(path)
+                ends = leaves["terminals"] | leaves["truncations"]
+                assert 0 < ends[0, :, 0].sum() == len(expected.length) < len(episodes.length)
+                np.testing.assert_array_equal(leaves["actions"][0], expected.transitions["action"])
+        parts = []
+        for name, is_validation in (("Train", False), ("Validate", True), ("Again", True)):
+            random = np.random.default_rng(0)
+            choose = lambda x: (random.random(len(x.length)) < 0.3) == is_validation
+            path = ippo.export_og_marl(*run, export_name=name, choose=choose, **folder)
+            parts.append(read_vault(path))
+    with pytest.raises(ippo.ConfigError, match="a name, by export_name"):
+        ippo.export_og_marl(*run, choose=no_one, **folder)
+    assert_equal(parts[1], parts[2])
+    assert sum(part["actions"].shape[1] for part in parts[:2]) == episodes.length.sum()
 
 
 # ---- ENVIRONMENT ---------------------------------------------------------------------------------
@@ -856,7 +1054,7 @@ def test_a_short_run_learns_and_its_policy_is_recorded_as_it_is(tmp_path):
         np.testing.assert_allclose(rows["log_prob"], log_prob, atol=1e-4)
         np.testing.assert_allclose(rows["value"], value(run.params.critic, seen), atol=1e-4)
         evaluated = np.concatenate([x.episode_return for x in run.evaluations])
-        recorded = ippo.load_episodes(*where(run.path), leaves=()).episode_return
+        recorded = ippo.load_episodes(*where(run.path), leaves=("done",)).episode_return
         error = math.hypot(*(x.std() / math.sqrt(len(x)) for x in (evaluated, recorded)))
         assert abs(recorded.mean() - evaluated.mean()) < 4 * error
         mean_returns.append(evaluated.mean())
@@ -959,7 +1157,6 @@ def test_every_complete_episode_comes_back_once(whole, window):
         reward = np.split(transitions["reward"].mean(axis=1, dtype=float), np.cumsum(length)[:-1])
         expected = ippo.Episodes(
             transitions=transitions,
-            start=np.cumsum(length) - length,
             length=length,
             episode_return=np.float32([x.sum() for x in reward][: len(length)]),
             start_step=np.array([begin * num_envs for *_, begin in walked], np.int64),
@@ -970,9 +1167,10 @@ def test_every_complete_episode_comes_back_once(whole, window):
         with mock.patch.object(ippo, "iterate_episodes", iterate):
             episodes = ippo.load_episodes(*where(path), percentiles)
         whole = jax.tree.map(lambda *x: np.concatenate(x), *windows)
-        for actual in (episodes, whole._replace(start=expected.start)):
+        for actual in (episodes, whole):
             assert_equal(actual, expected)
             assert [x.dtype for x in actual[1:]] == [x.dtype for x in expected[1:]]
+        assert episodes.start.tolist() == (np.cumsum(length) - length).tolist()
     assert walked, "no episode was complete: the test shows nothing"
 
 
@@ -987,7 +1185,7 @@ def test_parts_and_leaves_that_were_asked_for_are_loaded_and_exported(recording)
             ippo.load_episodes(*where(path), leaves=leaves)
     with pytest.raises(ippo.ConfigError, match="there are Replay, Poor, Medium, Good"):
         ippo.export_og_marl(*where(path), part="good")
-    for percentiles in [(0, 49), (60, 40), (50, 101), (-30, 50)]:
+    for percentiles in [(0, 49), (60, 40), (50, 150), (-30, 50)]:
         with pytest.raises(ippo.ConfigError, match="percentiles"):
             ippo.load_episodes(*where(path), percentiles)
 
@@ -1025,6 +1223,14 @@ def test_a_recording_without_a_complete_episode_is_exported_and_drawn_all_the_sa
     assert open_with_flashbax(ippo.export_og_marl(*where(result.path))).vault_index == 0
     assert math.isnan(result.evaluations[0].train_episode_return)
     assert (result.path / "dataset.png").exists()
+    description = ippo.describe(*where(result.path))
+    for part in description.values():
+        assert part["episodes"] == part["transitions"] == sum(part["actions"]) == 0
+        assert part["return_mean"] is part["cut_off"] is None
+        assert part["return_quartiles"] == [None] * 3
+    assert (
+        "| `return_mean` | None | None | None | None |" in (result.path / "README.md").read_text()
+    )
 
 
 # ---- CONFIGURATION -------------------------------------------------------------------------------
@@ -1062,8 +1268,7 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch, whole):
     assert experiment(work, arguments).path == home / "data/ff_ippo_walk/a"
     monkeypatch.chdir(work)
     assert_equal(ippo.load_params(f"~/{RUN}"), whole[1].params)
-    ippo.open_vault(*run)
-    ippo.plot_dataset(*run)
+    ippo.write_card(*run)
     assert len(ippo.load_episodes(*run).length)
     assert ippo.export_og_marl(*run) == home / RUN / "og_marl/walk/walk.vlt/Replay"
     path = ippo.export_og_marl(*run, destination="~/exported")
@@ -1674,6 +1879,7 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
     returns = re.compile(r"step [\d,]+:|absolute metric.*|episode return [\d.]+, length \d+")
     printed, expected = (returns.findall(x.read_text()) for x in (log, tmp_path / "log"))
     assert len(printed) > 3 and printed == expected[-len(printed) :]
+    assert re.search("README.md and dataset.png are not made: ff_ippo_walk has a-p0of2, ", log.read_text())
     # Where one of them does not find its folder, none begins anew, and nothing is deleted.
     path = tmp_path / "1/vaults/ff_ippo_walk/a-p1of2"
     path.rename(path.with_name("away"))
@@ -1696,6 +1902,13 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
     leaves = jax.tree.map(lambda *x: np.concatenate(x), *map(read_vault, parts))
     assert_equal(leaves, read_vault(whole))
     assert_equal(ippo.load_episodes(*where(path)), ippo.load_episodes(*where(whole)))
+    streams = ippo.restore_time_order(read_vault(whole), 2, 2, 16)
+    check_description(ippo.describe(*where(path)), plain_description(streams, 10, 3))
+    # Process 0 did not see the other part: there is no card until the parts are together.
+    assert not (parts[0] / "README.md").exists()
+    ippo.write_card(*where(path))
+    cells, text = read_card(parts[0])
+    assert cells["joint_saco"] == read_card(whole)[0]["joint_saco"] and "(32, timesteps)" in text
     ippo.load_params(path)
     assert read_metrics(parts[0]) == read_metrics(whole)
     with pytest.raises(ippo.ConfigError, match="of another number of processes than 1"):
@@ -1712,8 +1925,6 @@ WIDE = "ippo.TASKS['walk'] = test_script.WALK._replace(make=test_script.Wide)"
     ("more", "setup", "env", "message"),
     [
         ("--arch.num-envs 8", "", "", "arch.num_envs"),
-        ("--checkpoint.load-params gone", "", "", "checkpoint.load_params"),
-        ("", "", "test_script.Walk(3, True, False)", "give all"),
         ("", WIDE, "", "give all"),
     ],
 )
@@ -1729,7 +1940,9 @@ def test_processes_that_were_given_different_runs_all_end_with_one_line(
 
 def test_where_one_process_fails_the_others_end_too(tmp_path):
     full = "test_script.mock.Mock(side_effect=OSError(28, 'No space left on device'))"
-    setup = f"ippo.save_checkpoint = test_script.at_call(1, {full}, ippo.save_checkpoint)"
+    setup = f"ippo.save_checkpoint = test_script.at_call(1, {full}, ippo.save_checkpoint)\n"
+    setup += "timer = ippo.threading.Timer\n"
+    setup += "ippo.threading.Timer = lambda seconds, *rest: timer(seconds / 10, *rest)"  # sooner
     processes = start_together(tmp_path, *[ENDLESS] * 2, setup=setup)
     try:
         assert processes[1].wait(120) == 1
@@ -1842,7 +2055,7 @@ def test_vaults_are_opened_in_threads(whole):
     stdout = sys.stdout
     with ThreadPoolExecutor(2) as threads:
         paths = [where(whole[1].path)] * 40
-        assert len(list(threads.map(lambda path: ippo.open_vault(*path), paths))) == 40
+        assert len(list(threads.map(lambda path: ippo.open_recording(*path), paths))) == 40
     assert sys.stdout is stdout
 
 
@@ -1866,6 +2079,16 @@ def test_pages_commands_record_policies_and_their_code_reads_them(tmp_path, monk
     (sequences,) = readme_code("Changing the algorithm")
     exec(sequences, variables)
     assert variables["batch"]["observation"].shape == (32, 20, 2, 5)
+    (choices,) = readme_code("Choosing episodes")
+    exec(choices.replace("10_000", "50"), variables)
+    whole, chosen = variables["episodes"], variables["sample"]
+    for one, other in (("better", "others"), ("training", "validation")):
+        parts = [len(variables[name].length) for name in (one, other)]
+        assert sum(parts) == len(whole.length) and min(parts) > 0
+    assert 30 < chosen.length.sum() <= 50
+    num_best = (whole.episode_return >= 2).sum()
+    leaves = read_vault(variables["path"])
+    assert (leaves["terminals"] | leaves["truncations"])[0, :, 0].sum() == num_best > 0
     (code,) = readme_code("3. Train")
     exec(assign(code, NUM_STEPS=20), {})
     assert re.search(r"cloned: -?[\d.]+\n$", capsys.readouterr().out)
@@ -2242,7 +2465,7 @@ def test_guides_seeds_side_by_side_record_what_each_records_alone(tmp_path, monk
         assert_equal(read_vault(alone.with_name("seed-2")), read_vault(alone))
     episodes = [ippo.load_episodes(*where(alone.with_name(uid))) for uid in ("seed-1", "alone")]
     assert_equal(*episodes)
-    metadata = ippo.open_vault("ff_ippo_rware", "seed-2")[1]
+    metadata = ippo.open_recording("ff_ippo_rware", "seed-2")[2]
     assert metadata["system"]["seed"] == 2 and metadata["num_updates_per_eval"] == 2
 
 
@@ -2458,7 +2681,7 @@ FULL = {
     "env": {"scenario": "corridor", "time_limit": 7},
     "task": {"og_marl_name": "walks", "actions": ["left", "right"]},
 }
-READERS = (ippo.load_episodes, ippo.export_og_marl, ippo.plot_dataset)
+READERS = (ippo.load_episodes, ippo.export_og_marl, ippo.describe)
 LAYOUT = {"observation": "obs", "action": "action", "reward": "reward", "done": "done"}
 
 
@@ -2535,7 +2758,7 @@ def test_a_rollout_length_that_does_not_divide_is_refused():
 
 
 @in_empty_folder
-def test_one_agent_with_an_axis_is_exported_and_drawn():
+def test_one_agent_with_an_axis_is_exported_and_described():
     produced = record_loop((), ONE_AGENT, change=full_leaves, **FULL | {"num_agents": 1})
     path = ippo.export_og_marl("my_ppo", "run-1")
     exported = Vault(str(path.parent), vault_uid=path.name).read().experience
@@ -2544,8 +2767,8 @@ def test_one_agent_with_an_axis_is_exported_and_drawn():
     ends = (exported["terminals"] | exported["truncations"])[0, :, 0]
     np.testing.assert_array_equal(ends, leaves["done"])
     np.testing.assert_array_equal(exported["rewards"][0, :, 0], leaves["reward"])
-    drawn = ippo.plot_dataset("my_ppo", "run-1").axes[2].containers
-    share = [bars.patches[1].get_height() for bars in drawn]
+    described = list(ippo.describe("my_ppo", "run-1").values())[:3]
+    share = [100 * part["actions"][1] for part in described]
     np.testing.assert_allclose(share, share_of_right(produced), rtol=1e-12)
 
 
@@ -2563,10 +2786,10 @@ def share_of_right(produced):
 
 
 @in_empty_folder
-def test_one_agent_without_an_axis_is_drawn_and_not_exported():
+def test_one_agent_without_an_axis_is_described_and_not_exported():
     produced = record_loop((), PLAIN, change=full_leaves, **FULL)
-    drawn = ippo.plot_dataset("my_ppo", "run-1").axes[2].containers
-    share = [bars.patches[1].get_height() for bars in drawn]
+    described = list(ippo.describe("my_ppo", "run-1").values())[:3]
+    share = [100 * part["actions"][1] for part in described]
     np.testing.assert_allclose(share, share_of_right(produced), rtol=1e-12)
     with pytest.raises(ippo.ConfigError, match="needs an axis of agents"):
         ippo.export_og_marl("my_ppo", "run-1")
