@@ -380,7 +380,7 @@ class AgentWrapper(Wrapper):
             f"{type(self._env).__name__} has no action_mask in its observation, nor an "
             f"action_spec of discrete actions of {num_agents} agents",
         )
-        num_actions = np.broadcast_to(num_actions, num_agents)
+        num_actions = np.resize(num_actions, num_agents)  # one for each agent
         return jnp.arange(num_actions.max()) < num_actions[:, None]
 
 
@@ -408,7 +408,7 @@ def reset_environments(env, keys):
     return EnvState(state, timestep.observation, metrics)
 
 
-def step_environment(env, env_state: EnvState, action):
+def step_environment(env, env_state, action):
     """Step an environment with the joint action (N,), and begin a new episode where one ended.
 
     Returns the new `EnvState` and the timestep.  The timestep is what the step led to, also where
@@ -518,7 +518,7 @@ class Actor(nn.Module):
     layer_sizes: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, observation: Observation):
+    def __call__(self, observation):
         mask = observation.action_mask
         x = Layers(self.layer_sizes, name="torso")(observation.agents_view)
         logits = Layers(mask.shape[-1:], 0.01, lambda x: x, name="action_head")(x)
@@ -531,7 +531,7 @@ class Critic(nn.Module):
     layer_sizes: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, observation: Observation):
+    def __call__(self, observation):
         x = Layers(self.layer_sizes, name="torso")(observation.agents_view)
         value = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x)
         return value.reshape(observation.agents_view.shape[:-1])
@@ -539,7 +539,7 @@ class Critic(nn.Module):
 
 def init_networks(
     network: NetworkConfig,
-    observation: Observation,
+    observation,
     key,
     actor_lr=2.5e-4,
     critic_lr=2.5e-4,
@@ -562,7 +562,7 @@ def init_networks(
 
 
 # ---- ROLLOUT -------------------------------------------------------------------------------------
-def act(actor: TrainState, observation: Observation, keys, greedy=False):
+def act(actor, observation, keys, greedy=False):
     """Actions (B, N) int32 on observations (B, N, .); each of K `keys` (K, 2) samples B / K."""
     logits = actor.apply_fn(actor.params, observation)
     if greedy:  # the most probable actions
@@ -586,7 +586,7 @@ class Transition(NamedTuple):
     value: Array | None = None  # (..., N) float32, of the observation
 
 
-def rollout(env, actor: TrainState, keys, env_state: EnvState, rollout_length):
+def rollout(env, actor, keys, env_state, rollout_length):
     """Act with the policy for T = `rollout_length` timesteps, as Anakin does (Hessel et al., 2021).
 
     Returns the new keys (UB, 2) and states (UB * NE, ...), and transitions (T, UB * NE, ...).
@@ -637,7 +637,7 @@ def calculate_advantage(reward, done, value, last_value, gamma, gae_lambda):
 
 
 # ---- LOSSES --------------------------------------------------------------------------------------
-def actor_loss(params, apply, transition: Transition, advantage, clip_eps, ent_coef):
+def actor_loss(params, apply, transition, advantage, clip_eps, ent_coef):
     """PPO's clipped objective (Schulman et al., 2017), less the entropy bonus.
 
     `transition` and the normalised `advantage` are of (..., N).  Returns the loss, and its two
@@ -651,7 +651,7 @@ def actor_loss(params, apply, transition: Transition, advantage, clip_eps, ent_c
     return loss - ent_coef * entropy, {"actor_loss": loss, "entropy": entropy}
 
 
-def critic_loss(params, apply, transition: Transition, target, clip_eps, vf_coef):
+def critic_loss(params, apply, transition, target, clip_eps, vf_coef):
     """Squared error of the value, or of the value clipped around the old one where that is larger.
 
     `transition` and the lambda-returns `target` are of (..., N).  Returns the loss, and the same
@@ -717,7 +717,7 @@ def init_learner(key, config: Config, env, mesh):
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def update_minibatch(actor: TrainState, critic: TrainState, batch, indices, config: SystemConfig):
+def update_minibatch(actor, critic, batch, indices, config: SystemConfig):
     """One step of both optimisers, along the gradient's mean over UB and over the devices.
 
     `batch` holds transitions, advantages and lambda-returns of the rollout, (T * UB * NE, N, ...),
@@ -855,7 +855,7 @@ def make_learn(env, config: SystemConfig, num_updates, mesh, select: Callable):
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
-def evaluate(env, actor: TrainState, key, num_episodes, greedy=False):
+def evaluate(env, actor, key, num_episodes, greedy=False):
     """Play whole episodes side by side, until the last has ended, as Gorsane et al. (2022) advise.
 
     Returns their returns and lengths, (num_episodes,), done but for those past `env.time_limit`.
@@ -942,7 +942,7 @@ def make_evaluate(env, num_parallel, greedy, mesh):
 
 
 # ---- RECORDING -----------------------------------------------------------------------------------
-def select_leaves(transition: Transition, extra_leaves=()):
+def select_leaves(transition, extra_leaves=()):
     """What is recorded of a transition, by name.
 
     `extra_leaves` are any of next_observation, log_prob, value, discount, step_count, truncation;
@@ -1333,8 +1333,8 @@ def iterate_episodes(
 
     A window has `num_steps` environment steps, in whole evaluations, at least one; the episodes
     that end in it come one environment after the other.  `percentiles` of training are read, in
-    whole evaluations, both ends rounded down, and these `leaves`, by default all.  Raises what
-    `open_recording` does, and a `ConfigError` where the percentiles hold nothing.
+    whole evaluations, both ends rounded down, and these `leaves`, or all where none are given.
+    Raises what `open_recording` does, and a `ConfigError` where the percentiles hold nothing.
     """
     stores, num_timesteps, metadata, _ = open_recording(name, uid, rel_dir)
     rollout_length = metadata["system"]["rollout_length"]  # T
@@ -1350,7 +1350,7 @@ def iterate_episodes(
     whole = (num_evaluations * np.array(percentiles) // 100).astype(int)  # evaluations
     first, last = evaluation_length * whole  # timesteps
     require(
-        0 <= first < last <= num_evaluations * evaluation_length,
+        0 <= first < last and percentiles[1] <= 100,
         f"percentiles {percentiles} of {num_evaluations} evaluations hold none",
     )
 
@@ -1399,7 +1399,7 @@ def load_episodes(name, uid, rel_dir="vaults", percentiles=(0, 100), leaves=()):
 OG_MARL_PARTS = {"Replay": (0, 100), "Poor": (0, 33), "Medium": (33, 67), "Good": (67, 100)}
 
 
-def find_cut_offs(episodes: Episodes, metadata):
+def find_cut_offs(episodes, metadata):
     """Which episodes were cut off by the time limit, (K,) bool; the others ended in a terminal."""
     if "truncation" in episodes.transitions:
         truncation = np.atleast_2d(episodes.transitions["truncation"].T).any(axis=0)
@@ -1409,7 +1409,7 @@ def find_cut_offs(episodes: Episodes, metadata):
     return episodes.length == metadata["env"]["time_limit"]
 
 
-def to_og_marl(episodes: Episodes, metadata, ends_as_terminals=False):
+def to_og_marl(episodes, metadata, ends_as_terminals=False):
     """The transitions of complete episodes, with all their leaves, as OG-MARL has them.
 
     Returns leaves (1, S, N, ...); in `infos`, the legal actions (1, S, N, A) bool, the global
@@ -1445,9 +1445,9 @@ def to_og_marl(episodes: Episodes, metadata, ends_as_terminals=False):
         "terminals": transitions["done"] & ~is_cut_off,
         "truncations": transitions["done"] & is_cut_off,
         "infos": {
+            **{name: transitions[name] for name in transitions.keys() - known},
             "legals": transitions["legal_action_mask"],
             "state": transitions.get("global_state", side_by_side),
-            **{name: transitions[name] for name in transitions.keys() - known},
         },
     }
     return jax.tree.map(lambda x: x[None], experience)
@@ -1586,12 +1586,12 @@ def describe(name, uid, rel_dir="vaults"):
             "return_max": episode_return.max(),
             "length_mean": length.mean(),
             "cut_off": cut_off.mean(),
-            "actions": chosen / max(1, chosen.sum()),
+            "actions": chosen / (chosen.sum() or math.nan),
         }
     hashes[:num_pairs].sort()  # in place: there are as many as transitions
     ordered = memoryview(hashes[:num_pairs])
     num_repeated = sum(map(operator.eq, ordered, ordered[1:]))
-    description["all"]["joint_saco"] = 1 - num_repeated / max(1, num_pairs)
+    description["all"]["joint_saco"] = 1 - num_repeated / (num_pairs or math.nan)
     text = json.dumps(description, default=list)
     return json.loads(text, parse_constant=lambda _: None)  # of nan
 
@@ -1618,7 +1618,7 @@ def plot_dataset(description, actions=None):
 # The data card, as Hugging Face's hub reads it; a line that ends with a backslash goes on.
 CARD = """---
 license: apache-2.0
-pretty_name: Independent PPO in {env[scenario]}
+pretty_name: "Independent PPO in {env[scenario]}"
 task_categories: [reinforcement-learning]
 tags: [multi-agent-reinforcement-learning, offline-reinforcement-learning, flashbax]
 viewer: false
@@ -1627,7 +1627,8 @@ viewer: false
 Every transition of a training run in {task[marl_eval_name]}, scenario `{env[scenario]}`: \
 {num_agents} agents with {num_actions} actions, episodes of at most {env[time_limit]} timesteps, \
 {all[transitions]:,} transitions in {all[episodes]:,} complete episodes. The folder is a \
-[Flashbax](https://github.com/instadeepai/flashbax) Vault.
+[Flashbax](https://github.com/instadeepai/flashbax) Vault, recorded by {num_processes} \
+process(es): of several, each has a folder `{uid}-p...`, and together they are the data set.
 
 ![Return over training](learning_curve.png)
 ![What the data set holds](dataset.png)
@@ -1652,15 +1653,17 @@ off. A leaf `truncation` is true at a cut-off. Where there is no such leaf, the 
 
 Rows join pieces of time that do not follow each other. This puts them in order:
 ```python
-import ff_ippo_store_experience as ippo  # with this folder in vaults/{name}
+import ff_ippo_store_experience as ippo  # with this folder, or all of them, in vaults/{name}
 episodes = ippo.load_episodes("{name}", "{uid}")
 print(episodes.episode_return.mean(), episodes.transitions["observation"].shape)
 ```
 It was recorded by independent PPO, after Mava's Anakin system, with the seed {system[seed]}, and \
 with jax {versions[jax]}, jaxlib {versions[jaxlib]}, flashbax {versions[flashbax]}, \
 flax {versions[flax]}, optax {versions[optax]}, distrax {versions[distrax]}, \
-jumanji {versions[jumanji]} and chex {versions[chex]}. Run whose parameters it began with: \
-{first_run}. The command, with all settings:
+jumanji {versions[jumanji]} and chex {versions[chex]}, on {num_devices} device(s), where \
+`jax_threefry_partitionable` was {jax_threefry_partitionable}. Run whose parameters it began \
+with: {first_run}. The command, with all settings; for a task that is not the file's own, it is \
+that of a script that gives its environment to `ippo.main`:
 
 `{command}`
 
@@ -1724,8 +1727,9 @@ def check_interface(env, name):
 
     def trace(method, *arguments):
         returned = jax.eval_shape(getattr(env, method), *arguments)
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
         require(
-            isinstance(returned, tuple) and isinstance(returned[-1], TimeStep),
+            is_pair and isinstance(returned[1], TimeStep),
             f"{method} of {name} must return (state, TimeStep)",
         )
         return returned
@@ -1940,7 +1944,7 @@ def make_metadata(config, task, env_state):
         "jax_enable_x64": jax.config.jax_enable_x64,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "environment": {
-            jax.tree_util.keystr(path)[1:]: f"{x.dtype}{x.shape[1:]}"
+            jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{x.shape[1:]}"
             for path, x in jax.tree_util.tree_leaves_with_path(env_state)
         },
     }
@@ -2010,7 +2014,9 @@ class Recorder:
                     "knows of: they are of two copies",
                 )
                 file = self.path / "metadata.json"
-                metadata = json.loads(file.read_text()) | self.metadata  # of a run that has grown
+                old = json.loads(file.read_text())
+                # A run that has grown has other numbers, but began with the same parameters.
+                metadata = old | self.metadata | {"checkpoint": old["checkpoint"]}
                 write_file(file, json.dumps(metadata).encode())
                 self.writer = VaultWriter(vault, self.rows, self.save_interval)
             yield self.progress

@@ -532,11 +532,12 @@ def test_a_finished_run_has_a_data_card(recording):
 
 
 def test_the_card_of_a_run_that_goes_on_is_written_again(whole, tmp_path):
-    begin, result = whole
+    _, result = whole
     assert "began with: source." in check_card(result.path, result.config)
     path = Path(shutil.copytree(result.path, tmp_path / RUN))
-    grown = experiment(tmp_path, begin.replace(FIVE, evaluations(6)) + RESUME)
-    assert check_card(path, grown.config) != (result.path / "README.md").read_text()
+    grown = experiment(tmp_path, evaluations(6) + RESUME)  # without `load_params`
+    text = check_card(path, grown.config)
+    assert text != (result.path / "README.md").read_text() and "began with: source." in text
 
 
 def test_a_choice_of_episodes_is_whole_disjoint_and_the_same_each_time(whole):
@@ -765,6 +766,11 @@ MISTAKES = {
         unmasked(action_spec=specs.MultiDiscreteArray(np.array([3, 3, 3]))),
         "Walk has no action_mask .* discrete actions of 2 agents",
     ),
+    "three values": (
+        changed(step=lambda state, timestep: (state, {}, timestep)),
+        "step of Walk must return",
+    ),
+    "no values": (changed(reset=lambda *pair: ()), "reset of Walk must return"),
     "no actions": (unmasked(action_spec=None), "Walk has no action_mask .* discrete actions"),
     "continuous": (unmasked(action_spec=BOX), "Walk has no action_mask .* discrete actions"),
     "reward": (with_step(reward=jnp.zeros(3)), r"reward of Walk has the shape \(3,\), not"),
@@ -871,6 +877,13 @@ class Unmasked(Walk):
     @property
     def action_spec(self):
         return specs.MultiDiscreteArray(jnp.array([3, 2]))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1), (1, 2)])
+def test_numbers_of_actions_of_any_shape_make_the_mask(shape):
+    spec = mock.Mock(num_values=np.full(shape, 3))
+    mask = ippo.AgentWrapper(unmasked(action_spec=spec), False)._all_actions(2)
+    assert_equal(mask, np.ones((2, 3), bool))
 
 
 def test_a_specification_that_is_a_property_says_which_actions_there_are(tmp_path):
@@ -1185,7 +1198,7 @@ def test_parts_and_leaves_that_were_asked_for_are_loaded_and_exported(recording)
             ippo.load_episodes(*where(path), leaves=leaves)
     with pytest.raises(ippo.ConfigError, match="there are Replay, Poor, Medium, Good"):
         ippo.export_og_marl(*where(path), part="good")
-    for percentiles in [(0, 49), (60, 40), (50, 150), (-30, 50)]:
+    for percentiles in [(0, 49), (60, 40), (50, 101), (-30, 50)]:
         with pytest.raises(ippo.ConfigError, match="percentiles"):
             ippo.load_episodes(*where(path), percentiles)
 
@@ -1225,9 +1238,9 @@ def test_a_recording_without_a_complete_episode_is_exported_and_drawn_all_the_sa
     assert (result.path / "dataset.png").exists()
     description = ippo.describe(*where(result.path))
     for part in description.values():
-        assert part["episodes"] == part["transitions"] == sum(part["actions"]) == 0
+        assert part["episodes"] == part["transitions"] == 0 and part["actions"] == [None] * 3
         assert part["return_mean"] is part["cut_off"] is None
-        assert part["return_quartiles"] == [None] * 3
+        assert part["return_quartiles"] == [None] * 3 and part.get("joint_saco") is None
     assert (
         "| `return_mean` | None | None | None | None |" in (result.path / "README.md").read_text()
     )
@@ -1879,7 +1892,9 @@ def test_processes_record_and_go_on_as_one_process_with_all_their_devices(tmp_pa
     returns = re.compile(r"step [\d,]+:|absolute metric.*|episode return [\d.]+, length \d+")
     printed, expected = (returns.findall(x.read_text()) for x in (log, tmp_path / "log"))
     assert len(printed) > 3 and printed == expected[-len(printed) :]
-    assert re.search("README.md and dataset.png are not made: ff_ippo_walk has a-p0of2, ", log.read_text())
+    assert re.search(
+        "README.md and dataset.png are not made: ff_ippo_walk has a-p0of2, ", log.read_text()
+    )
     # Where one of them does not find its folder, none begins anew, and nothing is deleted.
     path = tmp_path / "1/vaults/ff_ippo_walk/a-p1of2"
     path.rename(path.with_name("away"))
