@@ -545,7 +545,10 @@ def init_networks(
     critic_lr=2.5e-4,
     max_grad_norm=0.5,
 ):
-    """The actor and the critic, each with its optimiser: Adam after clipping by the global norm."""
+    """The actor and the critic, each with its optimiser: Adam after clipping by the global norm.
+
+    Both are `TrainState`s, for an `Observation` of any batch axes, from the same `key` (2,).
+    """
 
     def init(network, learning_rate):
         optimiser = optax.chain(
@@ -563,7 +566,10 @@ def init_networks(
 
 # ---- ROLLOUT -------------------------------------------------------------------------------------
 def act(actor, observation, keys, greedy=False):
-    """Actions (B, N) int32 on observations (B, N, .); each of K `keys` (K, 2) samples B / K."""
+    """Actions (B, N) int32 on an `Observation` (B, N, .); each of K `keys` (K, 2) samples B / K.
+
+    `actor` is Flax's `TrainState`, as `init_networks` makes it.
+    """
     logits = actor.apply_fn(actor.params, observation)
     if greedy:  # the most probable actions
         return distrax.Categorical(logits).mode()
@@ -858,7 +864,8 @@ def make_learn(env, config: SystemConfig, num_updates, mesh, select: Callable):
 def evaluate(env, actor, key, num_episodes, greedy=False):
     """Play whole episodes side by side, until the last has ended, as Gorsane et al. (2022) advise.
 
-    Returns their returns and lengths, (num_episodes,), done but for those past `env.time_limit`.
+    `actor` is that of `act`, and `key` (2,).  Returns their returns and lengths, (num_episodes,),
+    done but for those past `env.time_limit`.
     """
 
     def is_running(carry):
