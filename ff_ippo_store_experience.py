@@ -138,7 +138,7 @@ class NetworkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VaultConfig:
-    """The folder of the run, REL_DIR/NAME/UID: vault, checkpoint, metrics and pictures."""
+    """The folder of the run, REL_DIR/NAME/UID: vault, checkpoints, metrics, pictures and card."""
 
     save: bool = True  # record the experience
     name: str | None = None  # name of the vault; by default ff_ippo_rware, ff_ippo_lbf, ...
@@ -1407,7 +1407,7 @@ OG_MARL_PARTS = {"Replay": (0, 100), "Poor": (0, 33), "Medium": (33, 67), "Good"
 
 
 def find_cut_offs(episodes, metadata):
-    """Which episodes were cut off by the time limit, (K,) bool; the others ended in a terminal."""
+    """Which episodes the time limit cut off, (K,) bool; the others reached a terminal state."""
     if "truncation" in episodes.transitions:
         truncation = np.atleast_2d(episodes.transitions["truncation"].T).any(axis=0)
         return truncation[np.cumsum(episodes.length) - 1]
@@ -1504,7 +1504,7 @@ def export_og_marl(
     return path
 
 
-# ---- RESULTS: metrics and pictures ---------------------------------------------------------------
+# ---- RESULTS: metrics, pictures and the data card ------------------------------------------------
 def write_metrics(path, metadata, evaluations, absolute_metric=None):
     """Write all evaluations so far to `metrics.json` in `path`, in the format of marl-eval."""
     run = {}
@@ -2079,7 +2079,7 @@ class ExperimentResult(NamedTuple):
 
 
 def save_results(result, metadata):
-    """Write the metrics and draw the pictures of a finished run."""
+    """Write the metrics, the pictures and the data card of a finished run."""
     vault, path = result.config.vault, result.path
     write_metrics(path, metadata, result.evaluations, result.absolute_metric)
     plot_learning_curve(result.evaluations).savefig(path / "learning_curve.png")
