@@ -1940,6 +1940,8 @@ WIDE = "ippo.TASKS['walk'] = test_script.WALK._replace(make=test_script.Wide)"
     ("more", "setup", "env", "message"),
     [
         ("--arch.num-envs 8", "", "", "arch.num_envs"),
+        ("--checkpoint.load-params gone", "", "", "checkpoint.load_params"),
+        ("", "", "test_script.Walk(3, True, False)", "give all"),
         ("", WIDE, "", "give all"),
     ],
 )
